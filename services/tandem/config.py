@@ -1,0 +1,114 @@
+"""The configuration of every program: one frozen tree. `tandem.config_load` fills it, nothing changes it afterwards.
+
+Precedence: defaults < file < environment (TANDEM_SCHEDULER__BUDGET_TOKENS=512) < flags (--scheduler.budget-tokens 512).
+Units are last in the names. Each field's `help` is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["prefill", "decode", "unified"]
+LoopName = Literal["normal", "overlap"]
+TransportChoice = Literal["auto", "mooncake-rdma", "mooncake-tcp", "tcp"]
+
+
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its help text and, for numbers, its inclusive bounds."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    path: str = setting("demo", "folder of a Hugging Face checkpoint, a hub id, or `demo` for the built-in model")
+    revision: str = setting("", "revision of a hub id")
+    served_name: str = setting("", "name that clients use; empty: the last part of the path")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "compute type; auto: the best for this device")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
+    max_context_tokens: int = setting(0, "cut of the model's context length; 0: the model's own", low=0)
+    threads: int = setting(0, "compute threads of a worker; 0: the CPUs this process may use", low=0, high=1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    loop: LoopName = setting("overlap", "event loop: overlap plans while the device computes, normal does not")
+    budget_tokens: int = setting(1024, "most tokens of one plan (chunked prefill)", low=1, high=1 << 20)
+    step_seconds_max: float = setting(0.2, "a plan's length by the measured rate, seconds; 0: no bound", low=0)
+    max_running_requests: int = setting(256, "requests that hold pages at once", low=1, high=65536)
+    max_waiting_requests: int = setting(4096, "requests that wait; more are refused as overloaded", low=1)
+    max_local_prefills: int = setting(2, "prompts that decode computes at once after prefill peers failed", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    page_tokens: int = setting(16, "tokens in a KV page", low=1, high=1024)
+    pool_bytes: int = setting(0, "KV pool of one worker in bytes; 0: see memory_fraction", low=0)
+    memory_fraction: float = setting(0.25, "share of the free memory that the KV pool takes", low=0.01, high=0.95)
+    pool_bytes_max: int = setting(4 << 30, "bound of memory_fraction in bytes", low=1 << 20)
+    prefix_cache: bool = setting(True, "reuse the pages of equal prompt beginnings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffConfig:
+    lease_seconds: float = setting(10.0, "how long prefill keeps a hand-off whose stream ended unreleased", low=0.05)
+    importer_share: float = setting(0.5, "share of prefill's pool that one decode worker may pin", low=0.01, high=1.0)
+    pull_pages_max: int = setting(256, "pages of one pull", low=1, high=65536)
+    progress_seconds: float = setting(5.0, "a pull without progress for this long is broken off", low=0.1)
+    connect_seconds: float = setting(2.0, "time to reach a prefill worker", low=0.1)
+    fence_faults: int = setting(3, "faults in a row after which a pair is fenced", low=1)
+    fence_seconds: float = setting(10.0, "how long a fenced pair is not tried", low=0.0)
+    attempts_max: int = setting(4, "streams opened for one request before its prompt is computed on decode", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig:
+    transport: TransportChoice = setting(
+        "auto", "what moves KV bytes; auto: RDMA where it is there and trusted"
+    )
+    trusted_network: bool = setting(False, "everybody who can reach the KV ports is trusted: needed for Mooncake")
+    strict: bool = setting(False, "refuse instead of falling back to plain TCP")
+    host: str = setting("", "address that peers reach the KV port at; empty: the worker's own host")
+    port: int = setting(0, "KV port of the TCP transport; 0: any free port", low=0, high=65535)
+    connections: int = setting(2, "TCP connections to one peer", low=1, high=16)
+    idle_seconds: float = setting(60.0, "an unused connection is closed after this long", low=1.0)
+    mooncake_devices: str = setting("", "RDMA devices, comma separated; empty: all")
+    mooncake_port_min: int = setting(15000, "first port of Mooncake's range", low=1024, high=65535)
+    mooncake_port_max: int = setting(17000, "last port of Mooncake's range", low=1024, high=65535)
+    shared_key_file: str = setting("", "key for the HMAC challenge of the TCP data plane; empty: none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(0, "gRPC port; 0: any free port", low=0, high=65535)
+    advertise_host: str = setting("", "host that others reach this program at; empty: `host`")
+    metrics_port: int = setting(-1, "Prometheus port; 0: any free port, -1: off", low=-1, high=65535)
+    reflection: bool = setting(True, "gRPC server reflection")
+    drain_seconds: float = setting(30.0, "how long a stopping program waits for its requests", low=0.0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
+    log_format: Literal["text", "json"] = setting("text", "form of the log lines")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    prefill: tuple[str, ...] = setting((), "addresses of prefill workers, host:port, comma separated")
+    decode: tuple[str, ...] = setting((), "addresses of decode or unified workers, host:port, comma separated")
+    max_inflight_requests: int = setting(4096, "requests at once; more are refused as overloaded", low=1)
+    request_seconds_max: float = setting(600.0, "deadline of a request whose client set none, and its cap", low=0.1)
+    max_prompt_bytes: int = setting(8 << 20, "longest text of a prompt, bytes", low=1)
+    stream_buffer_tokens: int = setting(
+        8192, "tokens kept for a slow client; more ends its request", low=1
+    )
+    prefill_peers: int = setting(2, "prefill workers named to decode, best first", low=1, high=8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    handoff: HandoffConfig = field(default_factory=HandoffConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)

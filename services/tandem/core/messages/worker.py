@@ -1,0 +1,55 @@
+"""What a worker's processes tell each other about the worker itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.stats import LoadSnapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReady:
+    """Rank 0 has loaded the model, sized the pool and passed its transfer self-test; it takes requests now."""
+
+    role: str
+    loop: str  # one of the nine names, e.g. overlap_decode
+    model: str
+    max_total_num_tokens: int  # pool size in tokens
+    max_req_input_len: int  # the longest prompt that this worker accepts
+    max_context_tokens: int
+    max_running_requests: int
+    page_tokens: int
+    num_pages: int
+    page_bytes: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str  # model, revision, dtype, layout, page tokens, protocol
+    numerics: str
+    dtype: str
+    operators: str
+    weight_bytes: int
+    endpoints: tuple[RankEndpoint, ...]
+    imports: tuple[str, ...]
+    transport_notes: tuple[str, ...]
+    startup_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StartupProgress:
+    """A step of the start, for people: `tandem up` and the log show it."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """Rank 0 cannot go on. The frontend reports `message` and the worker exits with `exit_code`."""
+
+    message: str
+    exit_code: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    load: LoadSnapshot
