@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.stats import LoadSnapshot
@@ -53,3 +54,34 @@ class RankFailed:
 @dataclass(frozen=True, slots=True)
 class Stats:
     load: LoadSnapshot
+
+
+WorkerState = Literal["starting", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """What a worker tells a gateway about itself: the first message of a session, and again on every change."""
+
+    worker_id: str  # stable name, for people
+    instance_id: bytes  # random per process life; identity in sessions and hand-offs
+    role: str
+    state: WorkerState
+    model: str
+    fingerprint: str
+    handoff_address: str = ""  # host:port of its HandoffService; prefill only
+    numerics: str = ""
+    loop: str = ""
+    page_tokens: int = 0
+    num_pages: int = 0
+    max_running_requests: int = 0
+    max_context_tokens: int = 0
+    max_total_num_tokens: int = 0
+    max_req_input_len: int = 0
+    vocab_size: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    transports: tuple[str, ...] = ()  # prefill: exports over; decode: can import over; best first
+    transport_notes: tuple[str, ...] = ()
+    dtype: str = ""
+    operators: str = ""
+    version: str = ""

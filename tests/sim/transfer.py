@@ -1,0 +1,177 @@
+"""The data plane of the simulation: reads and checksums over integer pools, with delays, corruption and deaths."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.transfer import (
+    CancelPull,
+    Export,
+    Exported,
+    Pull,
+    PullEnded,
+    PullStatus,
+    Revoke,
+    Revoked,
+    TransferLost,
+    TransferReady,
+)
+from tests.sim.oracle import page_checksum
+
+Later = Callable[[float, Callable[[], None]], None]
+
+
+@dataclass
+class Served:
+    attempt: int
+    token: bytes
+    pages: dict[int, int] = field(default_factory=dict)
+    checksums: dict[int, int] = field(default_factory=dict)
+
+
+class SimTransfer:
+    """One transfer process life after another, over one pool. `directory` finds an exporter by instance id."""
+
+    def __init__(
+        self,
+        random: Random,
+        pool: list[list[int]],
+        later: Later,
+        deliver: Callable[[object], None],
+        directory: dict[bytes, SimTransfer],
+        faults: float,
+    ) -> None:
+        self._random = random
+        self._pool = pool
+        self._later = later
+        self._deliver = deliver
+        self._directory = directory
+        self._faults = faults
+        self.served: dict[bytes, Served] = {}
+        self._cancelled: set[int] = set()
+        self._pipes: dict[str, deque[Callable[[], None]]] = {"command": deque(), "outcome": deque()}
+        self.instance_id = b""
+        self.alive = False
+        self.stopped = False
+
+    def start(self) -> None:
+        self.instance_id = self._random.randbytes(8)
+        self._directory[self.instance_id] = self
+        self.alive = True
+        endpoint = RankEndpoint(transport="tcp", address="sim", instance_id=self.instance_id)
+        self._deliver(TransferReady(self.instance_id, (endpoint,), ("tcp",)))
+
+    def kill(self, restart_seconds: float | None) -> None:
+        """End this life: nothing is read or served any more. None: for good."""
+        self.alive = False
+        self._directory.pop(self.instance_id, None)
+        self.instance_id = b""
+        self.served.clear()
+        if restart_seconds is None:
+            self.stopped = True
+            return
+        self._deliver(TransferLost("killed"))
+        self._later(restart_seconds, lambda: None if self.stopped else self.start())
+
+    def command(self, command: object) -> None:
+        if not self.alive:
+            return  # into a closed pipe
+        life = self.instance_id
+        if isinstance(command, CancelPull):
+            self._cancelled.add(command.ticket)
+            return
+        action = {Export: self._export, Revoke: self._revoke, Pull: self._pull}[type(command)]
+        self._in_order("command", lambda: action(command) if self.instance_id == life else None)  # type: ignore[operator]
+
+    def _say(self, outcome: object) -> None:
+        life = self.instance_id
+        self._in_order("outcome", lambda: self._deliver(outcome) if self.instance_id == life else None)
+
+    def _in_order(self, direction: str, action: Callable[[], None]) -> None:
+        """A pipe: later, but never before what was put in earlier."""
+        self._pipes[direction].append(action)
+        self._later(self._random.uniform(0.0, 0.002), lambda: self._pipes[direction].popleft()())
+
+    # ---- exporter -------------------------------------------------------------------------------------------------
+
+    def _export(self, command: Export) -> None:
+        entry = self.served.get(command.handoff_id)
+        if entry is None or entry.attempt < command.attempt:
+            old = entry
+            entry = self.served[command.handoff_id] = Served(command.attempt, command.token)
+            if old is not None:
+                self.check_unchanged(old)
+        assert entry.attempt == command.attempt
+        sums = []
+        for ordinal, page in enumerate(command.pages, command.first_ordinal):
+            entry.pages[ordinal] = page
+            entry.checksums[ordinal] = page_checksum(self._pool[page])
+            sums.append(entry.checksums[ordinal])
+        checksums = array("Q", sums).tobytes()
+        self._say(Exported(command.handoff_id, command.attempt, command.first_ordinal, checksums))
+
+    def _revoke(self, command: Revoke) -> None:
+        entry = self.served.pop(command.handoff_id, None)
+        if entry is not None:
+            self.check_unchanged(entry)
+        self._say(Revoked(command.handoff_id))
+
+    def check_unchanged(self, entry: Served) -> None:
+        """Nobody may write to an announced page before it is revoked."""
+        for ordinal, page in entry.pages.items():
+            assert page_checksum(self._pool[page]) == entry.checksums[ordinal], f"announced page {page} was written to"
+
+    # ---- importer -------------------------------------------------------------------------------------------------
+
+    def _pull(self, command: Pull) -> None:
+        """Read page after page, each at its own instant; a failed or cancelled pull goes on writing for a while."""
+        fate = self._random.random()
+        instants = sorted(self._random.uniform(0.0, 0.02) for _ in command.ordinals)
+        life, good, bad = self.instance_id, list[int](), list[int]()
+        breaks_at = self._random.randrange(len(command.ordinals)) if fate < self._faults else None
+        failed = [False]
+
+        def read(index: int) -> None:
+            if self.instance_id != life or failed[0]:
+                return
+            source = self._directory.get(command.endpoint.instance_id)
+            entry = None if source is None else source.served.get(command.handoff_id)
+            ordinal = command.ordinals[index]
+            if source is None or entry is None or entry.token != command.token or ordinal not in entry.pages:
+                failed[0] = True
+                return
+            slots = list(source._pool[entry.pages[ordinal]])
+            if self._random.random() < self._faults / 4:
+                slots[self._random.randrange(len(slots))] ^= 4
+            self._pool[command.pages[index]][:] = slots
+            matches = page_checksum(slots) == array("Q", command.checksums)[index]
+            (good if matches else bad).append(ordinal)
+
+        for index, instant in enumerate(instants):
+            self._later(instant, lambda index=index: read(index))  # type: ignore[misc]
+
+        def end() -> None:
+            if self.instance_id != life:
+                return
+            if breaks_at is not None or failed[0]:
+                status = PullStatus.FAILED
+            elif command.ticket in self._cancelled and len(good) + len(bad) < len(command.ordinals):
+                status = PullStatus.CANCELLED
+            else:
+                status = PullStatus.MISMATCH if bad else PullStatus.DONE
+            self._deliver(
+                PullEnded(
+                    ticket=command.ticket,
+                    status=status,
+                    good_ordinals=tuple(good),
+                    bad_ordinals=tuple(bad),
+                    transport="tcp",
+                )
+            )
+
+        self._later(instants[-1] + self._random.uniform(0.0, 0.01), end)

@@ -1,0 +1,217 @@
+"""A whole service under one seed: clients, decode and prefill workers, streams, data plane, faults, a virtual clock."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from tandem.config import HandoffConfig, LoopName, SchedulerConfig
+from tandem.core.messages.handoff import EndCode, OpenReceived, OpenStream, ReleaseReceived, StreamClosed, StreamLost
+from tests.sim.client import Client
+from tests.sim.worker import SimWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What one simulated run is like. `faults` scales every fault's probability; 0 is a calm day."""
+
+    prefill_loop: LoopName = "overlap"
+    decode_loop: LoopName = "overlap"
+    num_prefill: int = 2
+    num_decode: int = 2
+    unified: bool = False
+    num_requests: int = 12
+    page_tokens: int = 4
+    prefill_pages: int = 40
+    decode_pages: int = 40
+    budget_tokens: int = 16
+    max_running: int = 8
+    faults: float = 0.0
+    kills: int = 0
+    transfer_kills: int = 0
+    cancels: float = 0.0
+    eos: int = 3
+    max_context: int = 96
+    prefill_seconds_per_token: float = 0.001
+    decode_seconds_per_token: float = 0.001
+    handoff: HandoffConfig = field(default_factory=lambda: HandoffConfig(lease_seconds=0.5, fence_seconds=0.5))
+
+    @property
+    def scheduler(self) -> SchedulerConfig:
+        return SchedulerConfig(
+            budget_tokens=self.budget_tokens, step_seconds_max=0.0, max_running_requests=self.max_running
+        )
+
+
+@dataclass(eq=False)
+class Stream:
+    """One Handoff stream: in order in each direction, open or not on each side."""
+
+    decode: SimWorker
+    decode_id: int
+    prefill: SimWorker
+    prefill_id: int
+    decode_open: bool = True
+    prefill_open: bool = False  # until Open has arrived
+    up_at: float = 0.0
+    down_at: float = 0.0
+
+
+class World:
+    """Owns the clock, the streams and the faults."""
+
+    def __init__(self, seed: int, options: Options) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.options = options
+        self.now = 0.0
+        self.transcript: list[str] = []
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self.directory: dict[bytes, object] = {}
+        self.streams: list[Stream] = []
+        self.stream_of: dict[tuple[SimWorker, int], Stream] = {}
+        role: Literal["decode", "unified"] = "unified" if options.unified else "decode"
+        self.prefills = [SimWorker(self, "prefill", options.prefill_loop) for _ in range(options.num_prefill)]
+        self.decodes = [SimWorker(self, role, options.decode_loop) for _ in range(options.num_decode)]
+        self.clients = [Client(self, number) for number in range(options.num_requests)]
+
+    # ---- clock ----------------------------------------------------------------------------------------------------
+
+    def later(self, delay: float, action: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (self.now + delay, self._count, action))
+
+    def run(self, until: float = 300.0) -> None:
+        """Run to quiescence; raises AssertionError if somebody is stuck."""
+        for worker in [*self.prefills, *self.decodes]:
+            worker.transfer.start()
+        for client in self.clients:
+            self.later(self.random.uniform(0.0, 0.3), client.begin)
+        for _ in range(self.options.kills):
+            self.later(self.random.uniform(0.02, 0.6), self._kill_somebody)
+        for _ in range(self.options.transfer_kills):
+            self.later(self.random.uniform(0.02, 0.6), self._kill_a_transfer)
+        if self.options.faults:
+            self.later(0.05, self._break_a_stream)
+        while self._heap:
+            self.now, _, action = heapq.heappop(self._heap)
+            if self.now > until:
+                break
+            action()
+        stuck = [client for client in self.clients if not client.done]
+        assert not stuck, f"stuck: {[(client.number, len(client.journal)) for client in stuck]}"
+        for worker in [*self.prefills, *self.decodes]:
+            worker.check_quiescent()
+
+    def log(self, line: str) -> None:
+        self.transcript.append(f"{self.now:9.5f} {line}")
+        if len(self.transcript) > 4000:
+            del self.transcript[:1000]
+
+    # ---- streams --------------------------------------------------------------------------------------------------
+
+    def open_stream(self, decode: SimWorker, effect: OpenStream) -> None:
+        prefill = next((worker for worker in self.prefills if worker.instance_id == effect.instance_id), None)
+        if prefill is None:
+            closed = StreamClosed(effect.stream_id, EndCode.LOST, "unreachable")
+            self.later(self.random.uniform(0.0, 0.05), lambda: decode.event(closed))
+            return
+        stream = Stream(decode, effect.stream_id, prefill, prefill.new_stream_id())
+        self.streams.append(stream)
+        self.stream_of[decode, effect.stream_id] = stream
+        self.stream_of[prefill, stream.prefill_id] = stream
+
+        def arrive() -> None:
+            if prefill.alive:
+                stream.prefill_open = True
+                prefill.event(OpenReceived(stream.prefill_id, effect.open))
+            else:
+                self._close_decode_side(stream)
+
+        self._up(stream, arrive)
+
+    def release(self, decode: SimWorker, stream_id: int, reason: object) -> None:
+        stream = self.stream_of.get((decode, stream_id))
+        if stream is not None:
+            stream.decode_open = False
+            self._up(stream, lambda: self._end_prefill_side(stream, ReleaseReceived(stream.prefill_id, reason)))  # type: ignore[arg-type]
+
+    def drop(self, decode: SimWorker, stream_id: int) -> None:
+        stream = self.stream_of.get((decode, stream_id))
+        if stream is not None:
+            stream.decode_open = False
+            self._up(stream, lambda: self._end_prefill_side(stream, StreamLost(stream.prefill_id)))
+
+    def down(self, prefill: SimWorker, stream_id: int, event: Callable[[int], object], last: bool = False) -> None:
+        """Carry something from prefill to decode; `last`: prefill has ended the stream."""
+        stream = self.stream_of[prefill, stream_id]
+        if last:
+            stream.prefill_open = False
+        stream.down_at = max(stream.down_at, self.now + self._latency())
+
+        def arrive() -> None:
+            if stream.decode_open:
+                stream.decode_open = not last
+                stream.decode.event(event(stream.decode_id))
+
+        self.later(stream.down_at - self.now, arrive)
+
+    def _up(self, stream: Stream, action: Callable[[], None]) -> None:
+        stream.up_at = max(stream.up_at, self.now + self._latency())
+        self.later(stream.up_at - self.now, action)
+
+    def _end_prefill_side(self, stream: Stream, event: object) -> None:
+        if stream.prefill_open:
+            if isinstance(event, StreamLost):
+                stream.prefill_open = False
+            stream.prefill.event(event)
+
+    def _close_decode_side(self, stream: Stream) -> None:
+        if stream.decode_open:
+            stream.decode_open = False
+            stream.decode.event(StreamClosed(stream.decode_id, EndCode.LOST, "reset"))
+
+    def sever(self, stream: Stream) -> None:
+        """Break a stream; each side notices in its own time."""
+        self._up(stream, lambda: self._end_prefill_side(stream, StreamLost(stream.prefill_id)))
+        self.later(self._latency(), lambda: self._close_decode_side(stream))
+
+    def _latency(self) -> float:
+        if self.random.random() < self.options.faults / 4:
+            return self.random.uniform(0.0, 0.3)
+        return self.random.uniform(0.0001, 0.004)
+
+    # ---- faults ---------------------------------------------------------------------------------------------------
+
+    def _break_a_stream(self) -> None:
+        if all(client.done for client in self.clients):
+            return
+        live = [stream for stream in self.streams if stream.decode_open or stream.prefill_open]
+        if live and self.random.random() < self.options.faults:
+            self.log("fault: stream broken")
+            self.sever(self.random.choice(live))
+        self.later(0.02, self._break_a_stream)
+
+    def _kill_a_transfer(self) -> None:
+        worker = self.random.choice([*self.prefills, *self.decodes])
+        if worker.alive and worker.transfer.alive:
+            self.log(f"fault: transfer process of {worker.name} killed")
+            worker.transfer.kill(self.random.uniform(0.001, 0.1))
+
+    def _kill_somebody(self) -> None:
+        group = self.random.choice([self.prefills, self.decodes])
+        index = self.random.randrange(len(group))
+        victim = group[index]
+        self.log(f"fault: {victim.name} killed")
+        victim.die()
+        for stream in [stream for stream in self.streams if victim in (stream.decode, stream.prefill)]:
+            self.sever(stream)
+        group[index] = SimWorker(self, victim.role, victim.loop_name)
+        self.later(self.random.uniform(0.01, 0.3), group[index].transfer.start)
+        for client in self.clients:
+            if client.worker is victim:
+                self.later(self._latency(), client.worker_lost)
