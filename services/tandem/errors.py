@@ -7,10 +7,10 @@ TandemError
 |- Unauthenticated                 UNAUTHENTICATED
 |- PermissionDenied                PERMISSION_DENIED
 |- Overloaded                      RESOURCE_EXHAUSTED, with RetryInfo
-|- Unavailable                     UNAVAILABLE, with RetryInfo
+|- Unavailable                     UNAVAILABLE, with RetryInfo; ABORTED once tokens were delivered
 |  |- NoWorker
 |  |- Draining
-|  `- PeerLost                     ABORTED once tokens were delivered
+|  `- PeerLost
 |- HandoffFailed                   INTERNAL; handled by re-pairing or local compute first
 |- DeadlineExceeded                DEADLINE_EXCEEDED
 |- Cancelled                       CANCELLED
@@ -77,9 +77,20 @@ class Overloaded(TandemError):
 
 
 class Unavailable(TandemError):
-    """Nobody can serve this now."""
+    """Nobody can serve this now. `tokens_delivered`: the client has received a part of the answer (ABORTED then)."""
 
     reason = "UNAVAILABLE"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        retry_after_seconds: float | None = None,
+        tokens_delivered: bool = False,
+    ) -> None:
+        super().__init__(message, reason=reason, retry_after_seconds=retry_after_seconds)
+        self.tokens_delivered = tokens_delivered
 
 
 class NoWorker(Unavailable):

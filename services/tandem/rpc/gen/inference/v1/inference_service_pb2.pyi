@@ -558,6 +558,7 @@ class OutputOptions(_message.Message):
     """tokens per message at least (0 = 1); first token is sent at once"""
     usage_in_every_chunk: _builtins.bool
     return_timing: _builtins.bool
+    """name the workers in Timing; its durations and figures always come"""
     echo_prompt: _builtins.bool
     def __init__(
         self,

@@ -436,6 +436,7 @@ class SequenceEnd(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     rid: _builtins.int
     finish_reason: _inference_service_pb2.FinishReason.ValueType
     stop_token_id: _builtins.int
@@ -448,6 +449,10 @@ class SequenceEnd(_message.Message):
     def error(self) -> _status_pb2.Status:
         """per-request failure; the session goes on"""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_service_pb2.TokenLogprob]:
+        """of a request without output (max_tokens 0)"""
+
     def __init__(
         self,
         *,
@@ -457,10 +462,11 @@ class SequenceEnd(_message.Message):
         usage: _inference_service_pb2.Usage | None = ...,
         timing: _inference_service_pb2.Timing | None = ...,
         error: _status_pb2.Status | None = ...,
+        prompt_logprobs: _abc.Iterable[_inference_service_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "finish_reason", b"finish_reason", "rid", b"rid", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "error", b"error", "finish_reason", b"finish_reason", "prompt_logprobs", b"prompt_logprobs", "rid", b"rid", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015

@@ -1,0 +1,45 @@
+# `make demo` shows it, `make test` proves it. Both install what they need into ./.venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 3
+export PYTHON
+
+.PHONY: help demo up test check unit proto format clean
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.venv/.run: pyproject.toml constraints.txt scripts/install
+	@scripts/install
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt scripts/install
+	@scripts/install dev
+	@touch .venv/.run $@
+
+demo: .venv/.run ## Start gateway, prefill and decode here, stream an answer, say how, stop
+	@$(BIN)/tandem demo
+
+up: .venv/.run ## The same, but stay up until Ctrl-C; ARGS="--model DIR --decode 2"
+	@$(BIN)/tandem up $(ARGS)
+
+test: check unit ## Everything that CI runs
+
+check: .venv/.dev ## Lint, format, types, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m tandem.rpc.generate --check
+
+unit: .venv/.dev ## The tests, slow ones beside the rest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+proto: .venv/.dev ## Generate services/tandem/rpc/gen from proto/
+	$(BIN)/python -m tandem.rpc.generate
+
+format: .venv/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and all caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist services/*.egg-info

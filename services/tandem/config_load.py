@@ -1,0 +1,226 @@
+"""Fills the configuration tree: defaults < file < environment < flags.
+
+Reads what it is given and decides nothing about the machine. Every fault is collected, and all of them are raised as
+one ConfigError, before any socket or device is touched. The words of `--help` live in cli/config_help.py.
+
+- file: TOML or JSON, named by `--config FILE` or TANDEM_CONFIG; one table a section
+- environment: TANDEM_SECTION__FIELD; variables without the double underscore are not ours (Kubernetes makes
+  TANDEM_GATEWAY_PORT of a service named so)
+- flags: --section.field-name VALUE, or the short form of SHORT_FLAGS
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from tandem.config import Config
+from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, suggestion
+from tandem.errors import ConfigError
+
+Program = Literal["gateway", "prefill", "decode", "unified"]
+
+FILE_VARIABLE = "TANDEM_CONFIG"
+MAX_FILE_BYTES = 1 << 20
+
+_WORKER_SECTIONS = ("model", "scheduler", "cache", "handoff", "transfer", "server")
+PROGRAM_SECTIONS: dict[Program, tuple[str, ...]] = {
+    "gateway": ("model", "gateway", "server"),
+    "prefill": _WORKER_SECTIONS,
+    "decode": _WORKER_SECTIONS,
+    "unified": ("model", "scheduler", "cache", "server"),
+}
+SHORT_FLAGS = {
+    "model": "model.path",
+    "loop": "scheduler.loop",
+    "transport": "transfer.transport",
+    "host": "server.host",
+    "port": "server.port",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value as somebody wrote it. `typed`: it comes from a file and has a type; else it is text."""
+
+    value: Any
+    source: str
+    typed: bool
+
+
+def load(
+    program: Program,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the configuration of one program. `argv` has only flags of this module; `defaults` replaces defaults.
+
+    Raises ConfigError with every fault, one a line.
+    """
+    faults: list[str] = []
+    flags, file_name = _read_flags(program, argv, faults)
+    given = {key: _Given(value, "built-in", True) for key, value in (defaults or {}).items()}
+    given |= _read_file(file_name or environ.get(FILE_VARIABLE, ""), faults)
+    given |= _read_environment(environ, faults)
+    given |= flags
+    values: dict[str, dict[str, Any]] = {}
+    for key, item in given.items():
+        setting = SETTINGS[key]
+        try:
+            value = convert(setting, item.value, typed=item.typed)
+        except ValueError as error:
+            faults.append(f"{key} = {item.value!r} ({item.source}): {error}")
+        else:
+            values.setdefault(setting.section, {})[setting.field.name] = value
+    config = Config(**{name: cls(**values.get(name, {})) for name, cls in get_type_hints(Config).items()})
+    faults += _check_together(program, config)
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the tree as plain values, in the form that a JSON file for `--config` has."""
+    tree: dict[str, dict[str, Any]] = {}
+    for setting in SETTINGS.values():
+        value = getattr(getattr(config, setting.section), setting.field.name)
+        tree.setdefault(setting.section, {})[setting.field.name] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
+def to_toml(config: Config, program: Program) -> str:
+    """Return the sections of a program as a TOML file for `--config`, with the help texts as comments."""
+    tree, lines = to_dict(config), []
+    for section in PROGRAM_SECTIONS[program]:
+        lines.append(f"[{section}]")
+        for name, value in tree[section].items():
+            lines.append(f"# {SETTINGS[f'{section}.{name}'].field.metadata['help']}")
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# ---- sources ------------------------------------------------------------------------------------------------------
+
+
+def _read_flags(program: Program, argv: Sequence[str], faults: list[str]) -> tuple[dict[str, _Given], str]:
+    given: dict[str, _Given] = {}
+    file_name = ""
+    for name, text in _split(argv, faults):
+        if name == "config":
+            file_name = text or ""
+            if not file_name:
+                faults.append("--config needs the name of a TOML or JSON file")
+            continue
+        key = SHORT_FLAGS.get(name, name.replace("-", "_"))
+        if key not in SETTINGS:
+            known = [*(setting.flag for setting in SETTINGS.values()), *(f"--{short}" for short in SHORT_FLAGS)]
+            faults.append(f"--{name}: no such setting{suggestion('--' + name, known)}")
+        elif SETTINGS[key].section not in PROGRAM_SECTIONS[program]:
+            faults.append(f"--{name}: not a setting of `tandem {program}`; its sections are {_sections(program)}")
+        elif text is None and SETTINGS[key].type is not bool:
+            faults.append(f"--{name} needs a value")
+        else:
+            given[key] = _Given("true" if text is None else text, f"flag --{name}", False)
+    return given, file_name
+
+
+def _split(argv: Sequence[str], faults: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (flag name, its text or None). A value is anything that does not begin with two dashes."""
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--"):
+            faults.append(f"{word!r}: not expected here; settings are written --section.field-name VALUE")
+            continue
+        name, equals, text = word[2:].partition("=")
+        if equals:
+            yield name, text
+        elif position < len(argv) and not argv[position].startswith("--"):
+            position += 1
+            yield name, argv[position - 1]
+        else:
+            yield name, None
+
+
+def _read_file(name: str, faults: list[str]) -> dict[str, _Given]:
+    if not name:
+        return {}
+    path = Path(name)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        faults.append(f"{name}: {error.strerror or error}")
+        return {}
+    except ValueError as error:
+        faults.append(f"{name}: {error}")
+        return {}
+    if not isinstance(tree, dict):
+        faults.append(f"{name}: must be a table of sections")
+        return {}
+    return _flatten(tree, name, faults)
+
+
+def _flatten(tree: Mapping[str, Any], name: str, faults: list[str]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    sections = [item.name for item in fields(Config)]
+    for section, table in tree.items():
+        if section not in sections:
+            faults.append(f"{section} ({name}): no such section{suggestion(section, sections)}")
+        elif not isinstance(table, dict):
+            faults.append(f"{section} ({name}): must be a table")
+        else:
+            for field_name, value in table.items():
+                key = f"{section}.{field_name}"
+                if key in SETTINGS:
+                    given[key] = _Given(value, name, True)
+                else:
+                    faults.append(f"{key} ({name}): no such setting{suggestion(key, SETTINGS)}")
+    return given
+
+
+def _read_environment(environ: Mapping[str, str], faults: list[str]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    variables = {setting.variable: key for key, setting in SETTINGS.items()}
+    for name, text in sorted(environ.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or "__" not in name:
+            continue
+        if name in variables:
+            given[variables[name]] = _Given(text, f"environment {name}", False)
+        else:
+            faults.append(f"{name} (environment): no such setting{suggestion(name, variables)}")
+    return given
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------
+
+
+def _check_together(program: Program, config: Config) -> list[str]:
+    """Return the faults of values that are right alone and wrong together."""
+    faults = []
+    if config.transfer.mooncake_port_min > config.transfer.mooncake_port_max:
+        faults.append("transfer.mooncake_port_min: must not be above transfer.mooncake_port_max")
+    for key, addresses in (("prefill", config.gateway.prefill), ("decode", config.gateway.decode)):
+        faults += [f"gateway.{key}: {a!r} is not host:port" for a in addresses if not _is_address(a)]
+    if program == "gateway" and not config.gateway.decode:
+        faults.append("gateway.decode: name at least one decode or unified worker, host:port")
+    return faults
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536
+
+
+def _sections(program: Program) -> str:
+    return ", ".join(PROGRAM_SECTIONS[program])

@@ -1,0 +1,121 @@
+"""The contract of an operator set: what the decoder asks for, and nothing about how it is done.
+
+Shapes: N tokens of a plan, all rows one after another; H hidden size; Q query heads; K key/value heads; D head_dim.
+Activations have the operator set's own type (`activation_dtype`); the residual stream, norm statistics and softmax
+are float32. Tensors that an operator returns belong to the caller unless its sentence says otherwise. An operator
+set is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Where a plan's tokens stand. Host arrays, int64; R rows.
+
+    Row r has the tokens [offsets[r], offsets[r + 1]) at positions starts[r], starts[r] + 1, ...; its position p is in
+    page page_table[r, p // page_tokens]. The table is padded with zeros. `slots[n]` is page * page_tokens + slot of
+    token n.
+    """
+
+    page_tokens: int
+    offsets: np.ndarray  # [R + 1]
+    starts: np.ndarray  # [R]
+    positions: np.ndarray  # [N]
+    slots: np.ndarray  # [N]
+    page_table: np.ndarray  # [R, pages]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norm of each query and key head before rope. Weights [D], float32."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What all layers of a model share. `frequencies` [D / 2] float32: radians per position of each rotated pair."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # per layer: last positions that are attended to, own included; None: all
+    frequencies: torch.Tensor
+    attention_factor: float  # what rope's cosine and sine are multiplied with
+
+
+class Linear(Protocol):
+    """A prepared linear: the outputs of one or several weights over the same input, side by side."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[N, inputs] activations -> [N, sum of outputs] activations."""
+        ...
+
+
+class AttentionStep(Protocol):
+    """The pool as one plan sees it. Layers are called in order; each stores before it attends."""
+
+    def rope_and_store(self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None) -> torch.Tensor:
+        """Norm (if any) and rotate queries and keys, store keys and values into the plan's slots.
+
+        qkv [N, (Q + 2K) * D] -> rotated queries [N, Q, D]. Values that are not finite are stored as zero, so that a
+        broken row cannot reach rows that use its pages later.
+        """
+        ...
+
+    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        """Causal attention of every row over its pages, extend and decode rows alike. [N, Q, D] -> [N, Q * D]."""
+        ...
+
+
+class Operators(Protocol):
+    """One set of operators. `numerics` is empty unless a row's bits are proven not to depend on other rows."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def numerics(self) -> str: ...
+
+    @property
+    def activation_dtype(self) -> torch.dtype: ...
+
+    def linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
+        """Prepare a linear once. Weights [outputs, inputs], biases [outputs] or None; they may be kept."""
+        ...
+
+    def embedding(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """[vocabulary, H], [N] int64 -> [N, H] float32, the residual stream."""
+        ...
+
+    def rms_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        """Add `delta` [N, H] to `residual` [N, H] float32 in place, and norm the sum. -> [N, H] activations."""
+        ...
+
+    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half. [N, 2 * intermediate] -> [N, intermediate] activations."""
+        ...
+
+    def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, H] activations -> [n, vocabulary] float32."""
+        ...
+
+    def begin(self, batch: TokenBatch, pool: torch.Tensor, shape: AttentionShape) -> AttentionStep:
+        """Prepare one plan's attention. `pool` is [page, layer, k|v, kv_head, slot, head_dim], written in place."""
+        ...

@@ -1,0 +1,117 @@
+"""Executes plans: batch, forward pass, draws, log-probabilities. The order of plans is the caller's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tandem.core.messages.plans import Plan, Row, RowResult, Sample
+from tandem.core.messages.sampling import SamplingParams, TokenLogprob
+from tandem.engine.batch import PlanTokens, build_batch
+from tandem.engine.logprobs import token_logprobs
+from tandem.engine.models.decoder import Decoder
+from tandem.engine.sampler import sample_tokens
+
+_PROMPT_LOGITS_ELEMENTS = 1 << 24  # logits of prompt positions computed at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A plan whose work has been issued to the device; `tokens` [sampled rows] may still be on their way."""
+
+    plan: Plan
+    sampled: tuple[int, ...]  # row numbers
+    tokens: torch.Tensor
+    logprobs: dict[int, TokenLogprob]
+    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]]
+
+
+class PlanRunner:
+    """The model, its pool, and the last token of each slot. Used by one thread, in inference mode."""
+
+    def __init__(self, decoder: Decoder, pool: torch.Tensor, max_running_requests: int) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._page_tokens = pool.shape[4]
+        self._last_tokens = torch.zeros(max_running_requests, dtype=torch.int64, device=pool.device)
+
+    def launch(self, plan: Plan) -> Launched:
+        """Issue a plan's work: KV into the pool, sampled tokens into the slots. On a CPU it is done on return."""
+        tokens = build_batch(plan, self._page_tokens)
+        residual = self._decoder.forward(self._input_ids(tokens), tokens.batch, self._pool)
+        for row in plan.rows:
+            if row.zero_tail:
+                self._zero_tail(row)
+        prompt_logprobs = {
+            number: self._prompt_logprobs(row, residual[tokens.batch.offsets[number] :][: row.num_tokens])
+            for number, row in enumerate(plan.rows)
+            if row.prompt_logprobs is not None
+        }
+        sampled = [(number, row.sample) for number, row in enumerate(plan.rows) if row.sample is not None]
+        if not sampled:
+            return Launched(plan, (), torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
+        numbers, samples = zip(*sampled, strict=True)
+        last = self._to_device([int(tokens.batch.offsets[number + 1]) - 1 for number in numbers])
+        logits = self._decoder.logits(residual[last])
+        drawn = sample_tokens(logits, samples)
+        self._last_tokens[self._to_device([plan.rows[number].slot for number in numbers])] = drawn
+        return Launched(plan, numbers, drawn, _logprobs(numbers, samples, logits, drawn), prompt_logprobs)
+
+    def finish(self, launched: Launched) -> tuple[RowResult, ...]:
+        """Wait for a launched plan and give the results of its rows, in order."""
+        token_ids = dict(zip(launched.sampled, launched.tokens.tolist(), strict=True))
+        return tuple(
+            RowResult(token_ids.get(number), launched.logprobs.get(number), launched.prompt_logprobs.get(number, ()))
+            for number in range(len(launched.plan.rows))
+        )
+
+    def run(self, plan: Plan) -> tuple[RowResult, ...]:
+        return self.finish(self.launch(plan))
+
+    def warm_up(self) -> None:
+        """Compute one token, so that libraries set themselves up before the first request. Clears what it wrote."""
+        sample = Sample(params=SamplingParams(temperature=0.0), output_index=0)
+        row = Row(request_id=0, slot=0, start=0, num_tokens=1, token_ids=(0,), pages=(0,), sample=sample)
+        self.run(Plan(0, (row,)))
+        self._pool[0].zero_()
+
+    def _input_ids(self, tokens: PlanTokens) -> torch.Tensor:
+        ids = torch.from_numpy(tokens.token_ids).to(self._pool.device)
+        if len(tokens.unseen):
+            ids[self._to_device(tokens.unseen)] = self._last_tokens[self._to_device(tokens.unseen_slots)]
+        return ids
+
+    def _zero_tail(self, row: Row) -> None:
+        page, used = divmod(row.start + row.num_tokens, self._page_tokens)
+        if used:
+            self._pool[row.pages[page], :, :, :, used:] = 0
+
+    def _prompt_logprobs(self, row: Row, residual: torch.Tensor) -> tuple[TokenLogprob, ...]:
+        """Describe the token after each position of the chunk, as far as it is known."""
+        following = row.token_ids[1:] if row.next_token_id is None else (*row.token_ids[1:], row.next_token_id)
+        targets = self._to_device(following)
+        vocabulary = self._decoder.vocab_size
+        at_once = max(1, _PROMPT_LOGITS_ELEMENTS // vocabulary)
+        described: list[TokenLogprob] = []
+        for start in range(0, len(following), at_once):
+            part = slice(start, min(start + at_once, len(following)))
+            logits = self._decoder.logits(residual[part])
+            described += token_logprobs(logits, targets[part], [row.prompt_logprobs or 0] * len(logits))
+        return tuple(described)
+
+    def _to_device(self, values: object) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.int64).to(self._pool.device)
+
+
+def _logprobs(
+    numbers: Sequence[int], samples: Sequence[Sample], logits: torch.Tensor, drawn: torch.Tensor
+) -> dict[int, TokenLogprob]:
+    """Log-probabilities of the drawn tokens, for the rows that ask for them."""
+    wanted = [index for index, sample in enumerate(samples) if sample.params.logprobs is not None]
+    if not wanted:
+        return {}
+    num_top = [samples[index].params.logprobs or 0 for index in wanted]
+    described = token_logprobs(logits[wanted], drawn[wanted], num_top)
+    return {numbers[index]: logprob for index, logprob in zip(wanted, described, strict=True)}

@@ -1,0 +1,168 @@
+"""Opens a checkpoint's safetensors files, checks them against a spec, and brings the tensors into memory.
+
+Tensors that already have the wanted type stay mapped from the file: they cost no copy, and workers on one machine
+share them in the page cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tandem.engine.models.fields import read_json
+from tandem.engine.models.spec import DecoderSpec
+from tandem.engine.models.tensors import EMBEDDING, OUTPUT_HEAD, expected_tensors, is_ignored
+from tandem.errors import ConfigError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SHOWN = 8  # tensors named in one line of an error
+_SAMPLES, _SAMPLE_BYTES = 8, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The parameters by their published names: matrices and their biases in the wanted type, norms in float32.
+
+    `digest` identifies the weights as they are in the files; `num_bytes` is their size in memory, of which
+    `num_mapped_bytes` are still to be read from the files when they are first touched.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    digest: str
+    num_bytes: int
+    num_mapped_bytes: int
+
+
+class CheckpointFiles:
+    """The open safetensors files of a checkpoint folder, checked against a spec. Use as a context manager."""
+
+    def __init__(self, folder: Path, spec: DecoderSpec) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}  # tensor name -> open file
+
+    def __enter__(self) -> CheckpointFiles:
+        """Open and check every file; raises ConfigError that names what is missing, unexpected or of a wrong shape."""
+        try:
+            for path in _file_paths(self._folder):
+                self._open(path)
+            self._check()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def dtype(self) -> str:
+        """The floating-point type of the embedding in the file."""
+        return _FLOATS[self._files[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
+
+    def load(self, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Weights:
+        """Bring all parameters into memory as `dtype` (norms as float32) on `device`."""
+        digest = hashlib.sha256()
+        tensors: dict[str, torch.Tensor] = {}
+        num_mapped_bytes = 0
+        converted: set[str] = set()
+        for name in sorted(expected_tensors(self._spec)):
+            stored = self._read(name)
+            _add_to_digest(digest, name, stored)
+            target = torch.float32 if name.endswith("norm.weight") else dtype
+            tensor = stored.to(device=device, dtype=target)
+            if tensor.data_ptr() == stored.data_ptr():
+                num_mapped_bytes += tensor.nbytes
+            elif stored.dtype != target and target == dtype:
+                converted.add(str(stored.dtype).removeprefix("torch."))
+            tensors[name] = tensor
+        self._check_tied_head()
+        if converted:
+            progress(f"converted {', '.join(sorted(converted))} weights to {str(dtype).removeprefix('torch.')}")
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        return Weights(tensors, digest.hexdigest()[:32], num_bytes, num_mapped_bytes)
+
+    def _open(self, path: Path) -> None:
+        try:
+            opened = self._stack.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: not a readable safetensors file: {error}") from error
+        for name in opened.keys():  # noqa: SIM118 - not a mapping
+            if name in self._files:
+                raise ConfigError(f"{path}: tensor {name} is in another file of this checkpoint, too")
+            self._files[name] = opened
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def _check(self) -> None:
+        expected = expected_tensors(self._spec)
+        faults = list(_difference_faults(self._files, expected, self._spec))
+        for name in sorted(self._files.keys() & expected.keys()):
+            found = self._files[name].get_slice(name)
+            shape = tuple(found.get_shape())
+            if shape != expected[name]:
+                faults.append(f"tensor {name} has shape {shape}, the config asks for {expected[name]}")
+            if found.get_dtype() not in _FLOATS:
+                faults.append(f"tensor {name} has type {found.get_dtype()}, supported are {', '.join(_FLOATS)}")
+        if faults:
+            raise ConfigError("\n".join(f"{self._folder}: {fault}" for fault in faults[: 4 * _SHOWN]))
+
+    def _check_tied_head(self) -> None:
+        """A head that the config calls tied may be in the file, but only as the embedding's equal."""
+        if not self._spec.tied_embeddings or OUTPUT_HEAD not in self._files:
+            return
+        if not torch.equal(self._read(OUTPUT_HEAD), self._read(EMBEDDING)):
+            raise ConfigError(
+                f"{self._folder}: tie_word_embeddings is set, but {OUTPUT_HEAD} is there and differs from {EMBEDDING}"
+            )
+
+
+def _file_paths(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ConfigError(f"{index}: no weight_map of tensor names to files")
+        paths = [folder / name for name in sorted(set(names.values()))]
+    elif (folder / _SINGLE).is_file():
+        paths = [folder / _SINGLE]
+    else:
+        other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
+        hint = f" (other formats are not supported: {', '.join(other[:_SHOWN])})" if other else ""
+        raise ConfigError(f"{folder}: neither {_SINGLE} nor {_INDEX}{hint}")
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{folder}: missing files of the checkpoint: {', '.join(missing[:_SHOWN])}")
+    return paths
+
+
+def _difference_faults(found: Mapping[str, object], expected: Mapping[str, object], spec: DecoderSpec) -> Iterator[str]:
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(name for name in found.keys() - expected.keys() if not is_ignored(name))
+    if spec.tied_embeddings:
+        unexpected = [name for name in unexpected if name != OUTPUT_HEAD]
+    for word, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            yield f"{word} tensors for {spec.architecture}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _add_to_digest(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    """Add the tensor's name, type and shape, and a sample of its bytes: reading all of them would take seconds a GB."""
+    digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+    content = tensor.reshape(-1).view(torch.uint8)
+    last = max(0, content.numel() - _SAMPLE_BYTES)
+    for sample in range(_SAMPLES):
+        start = last * sample // (_SAMPLES - 1)
+        digest.update(content[start : start + _SAMPLE_BYTES].numpy().tobytes())

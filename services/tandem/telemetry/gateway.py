@@ -1,0 +1,63 @@
+"""The gateway's metrics. Called once a request or once a frame, never once a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from tandem.telemetry import table
+from tandem.telemetry.table import Metric
+
+
+class GatewayMetrics:
+    """Counts into `registry`. `inflight` and `ready_workers` are asked for at every scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = _counter(table.REQUESTS, registry)
+        self._seconds = _histogram(table.REQUEST_SECONDS, registry)
+        self._ttft = _histogram(table.TTFT_SECONDS, registry)
+        self._tpot = _histogram(table.TPOT_SECONDS, registry)
+        self._itl = _histogram(table.ITL_SECONDS, registry)
+        self._tokens = _counter(table.TOKENS, registry)
+        self._inflight = _gauge(table.INFLIGHT, registry)
+        self._ready_workers = _gauge(table.READY_WORKERS, registry)
+        self._output_tokens = self._tokens.labels("output")
+
+    def watch(self, *, inflight: Callable[[], int], ready_workers: Callable[[str], int]) -> None:
+        """Show what these return."""
+        self._inflight.set_function(inflight)
+        for role in ("prefill", "decode", "unified"):
+            self._ready_workers.labels(role).set_function(lambda role=role: ready_workers(role))
+
+    def first_output(self, api: str, seconds: float) -> None:
+        self._ttft.labels(api).observe(seconds)
+
+    def next_output(self, api: str, seconds: float) -> None:
+        self._itl.labels(api).observe(seconds)
+
+    def output_tokens(self, count: int) -> None:
+        self._output_tokens.inc(count)
+
+    def ended(self, api: str, code: str, seconds: float, tpot_seconds: float | None) -> None:
+        """A request is over; `tpot_seconds` if it had two tokens at least."""
+        self._requests.labels(api, code).inc()
+        self._seconds.labels(api).observe(seconds)
+        if tpot_seconds is not None:
+            self._tpot.labels(api).observe(tpot_seconds)
+
+    def prompt(self, num_tokens: int, cached_tokens: int) -> None:
+        self._tokens.labels("prompt").inc(num_tokens)
+        self._tokens.labels("cached").inc(cached_tokens)
+
+
+def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
+    return Counter(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def _gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
+    return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def _histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
+    return Histogram(metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry)

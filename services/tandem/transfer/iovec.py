@@ -1,0 +1,86 @@
+"""Scatter-gather between a socket and pages: iovec arrays built by numpy, passed to the kernel through ctypes.
+
+The calls release the GIL, and no Python object exists per page.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.transfer.pages import Pages
+
+MAX_IOVECS = 1024  # IOV_MAX of Linux
+
+Iovecs = npt.NDArray[np.uint64]  # [n, 2]: address, length; the layout of struct iovec on 64-bit Linux
+
+
+class _MessageHeader(ctypes.Structure):
+    _fields_ = (
+        ("msg_name", ctypes.c_void_p),
+        ("msg_namelen", ctypes.c_uint32),
+        ("msg_iov", ctypes.c_void_p),
+        ("msg_iovlen", ctypes.c_size_t),
+        ("msg_control", ctypes.c_void_p),
+        ("msg_controllen", ctypes.c_size_t),
+        ("msg_flags", ctypes.c_int),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _call in (_libc.sendmsg, _libc.recvmsg):
+    _call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+    _call.restype = ctypes.c_ssize_t
+
+
+class Runs:
+    """Pages as one byte stream over memory, adjacent pages coalesced. Keep the pages' space alive while in use."""
+
+    def __init__(self, pages: Pages) -> None:
+        addresses, size = pages.addresses, pages.space.page_bytes
+        is_head = np.ones(len(addresses), dtype=bool)
+        is_head[1:] = addresses[1:] != addresses[:-1] + np.uint64(size)
+        heads = np.flatnonzero(is_head)
+        self._addresses = addresses[heads]
+        self._offsets = np.append(heads, len(addresses)).astype(np.int64) * size  # run i: [offsets[i], offsets[i + 1])
+
+    def iovecs(self, begin: int, end: int) -> Iovecs:
+        """Return the memory of stream bytes [begin, end), cut after MAX_IOVECS runs."""
+        offsets = self._offsets
+        first = int(np.searchsorted(offsets, begin, side="right")) - 1
+        last = min(int(np.searchsorted(offsets, end, side="left")), first + MAX_IOVECS)
+        begins = np.maximum(offsets[first:last], begin)
+        vectors = np.empty((last - first, 2), dtype=np.uint64)
+        vectors[:, 0] = self._addresses[first:last] + (begins - offsets[first:last]).astype(np.uint64)
+        vectors[:, 1] = np.minimum(offsets[first + 1 : last + 1], end) - begins
+        return vectors
+
+
+def send(sock: socket.socket, vectors: Iovecs) -> int:
+    """Write from memory; return how many bytes the socket took, 0 if its send time-out passed. Raises OSError."""
+    return _transfer(_libc.sendmsg, sock, vectors, socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket, vectors: Iovecs) -> int:
+    """Read into memory until full or the receive time-out passed: 0 if nothing came. Raises OSError, also at EOF."""
+    return _transfer(_libc.recvmsg, sock, vectors, socket.MSG_WAITALL)
+
+
+def _transfer(call: ctypes._CFuncPtr, sock: socket.socket, vectors: Iovecs, flags: int) -> int:
+    header = _MessageHeader(msg_iov=vectors.ctypes.data, msg_iovlen=len(vectors))
+    while True:
+        count = int(call(sock.fileno(), ctypes.byref(header), flags))
+        if count > 0:
+            return count
+        if count == 0:
+            raise ConnectionResetError(errno.ECONNRESET, "the peer closed the connection")
+        code = ctypes.get_errno()
+        if code in (errno.EAGAIN, errno.EWOULDBLOCK):
+            return 0
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))

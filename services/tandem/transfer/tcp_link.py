@@ -1,0 +1,229 @@
+"""The connections to one exporting process: a few threads with a connection each, and the parts that wait for them.
+
+A stuck or dead peer holds these threads only. A part has its connection to itself while it is read, so breaking a
+pull off (cutting its connections) disturbs no other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.transfer import PullStatus
+from tandem.errors import TransportError
+from tandem.transfer import wire
+from tandem.transfer.handshake import dial
+from tandem.transfer.iovec import Runs
+from tandem.transfer.pull_job import Part, PullJob
+from tandem.transfer.tcp_stream import PeerStuck, Stream, TcpSettings
+from tandem.transfer.wire import Frame, ProtocolError, Request, Status
+
+
+class Refused(TransportError):
+    """The exporter does not serve what was asked for; the connection is as good as before."""
+
+
+class TcpLink:
+    """Threads start with the work and end when idle. Calls return at once and come from any thread."""
+
+    def __init__(self, endpoint: RankEndpoint, settings: TcpSettings, idle: Callable[[TcpLink], None]) -> None:
+        self.endpoint = endpoint
+        self._settings = settings
+        self._idle = idle  # called, without a lock, by the last thread that ends
+        self._changed = threading.Condition()
+        self._queue: deque[Part] = deque()
+        self._active: dict[Part, Stream] = {}
+        self._threads: set[threading.Thread] = set()
+        self._num_connected = 0
+        self._num_waiting = 0
+        self._last_progress = 0.0
+        self._sequence = itertools.count(1)
+        self._is_closed = False
+
+    @property
+    def is_idle(self) -> bool:
+        with self._changed:
+            return not self._threads and not self._queue
+
+    def submit(self, parts: list[Part]) -> None:
+        """Read them, in order as far as connections are free. Each part holds its job already."""
+        with self._changed:
+            self._queue.extend(parts)
+            missing = min(len(self._queue) - self._num_waiting, self._settings.connections - len(self._threads))
+            for _ in range(missing):
+                thread = threading.Thread(target=self._run, name="kv-pull", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+            self._changed.notify(len(parts))
+
+    def break_off(self, job: PullJob, status: PullStatus, message: str) -> None:
+        """Drop the job's waiting parts and cut its connections; it ends when their threads have noticed."""
+        with self._changed:
+            job.break_off(status, message)
+            waiting = [part for part in self._queue if part.job is job]
+            for part in waiting:
+                self._queue.remove(part)
+            for part, stream in self._active.items():
+                if part.job is job:
+                    stream.shut()
+        if waiting:
+            job.let_go(len(waiting))
+
+    def close(self, join_seconds: float) -> None:
+        with self._changed:
+            self._is_closed = True
+            for part, stream in self._active.items():
+                part.job.break_off(PullStatus.FAILED, "the transfer process ends")
+                stream.shut()
+            threads = list(self._threads)
+            self._changed.notify_all()
+        self._fail_queued("the transfer process ends")
+        for thread in threads:
+            thread.join(join_seconds)
+
+    # ---- a thread and its connection ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        stream: Stream | None = None
+        try:
+            while self._wait_for_work():
+                if stream is None and (stream := self._connect()) is None:
+                    break
+                if (part := self._take(stream)) is not None and not self._finish(part, stream):
+                    stream = self._disconnect(stream)
+        finally:
+            if stream is not None:
+                self._disconnect(stream)
+            with self._changed:
+                self._threads.discard(threading.current_thread())
+                is_last = not self._threads
+            if is_last:
+                self._idle(self)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._num_waiting += 1
+            self._changed.wait_for(lambda: self._queue or self._is_closed, self._settings.idle_seconds)
+            self._num_waiting -= 1
+            return bool(self._queue) and not self._is_closed
+
+    def _connect(self) -> Stream | None:
+        """Connect; on failure, and with no other connection there, everything that waits has failed."""
+        try:
+            stream = dial(self.endpoint.address, self.endpoint.instance_id, self._settings)
+        except (OSError, TransportError) as error:
+            with self._changed:
+                is_reachable = self._num_connected > 0
+            if not is_reachable:
+                self._fail_queued(f"cannot reach {self.endpoint.address}: {error}")
+            return None
+        with self._changed:
+            self._num_connected += 1
+        return stream
+
+    def _disconnect(self, stream: Stream) -> None:
+        with self._changed:
+            self._num_connected -= 1
+        stream.close()
+
+    def _take(self, stream: Stream) -> Part | None:
+        with self._changed:
+            if not self._queue or self._is_closed:
+                return None
+            part = self._queue.popleft()
+            self._active[part] = stream
+            return part
+
+    def _finish(self, part: Part, stream: Stream) -> bool:
+        """Read one part and let its job go; False if the connection is no good any more."""
+        failure: tuple[PullStatus, str] | None = None
+        is_usable, is_again = True, False
+        reading = _PartReader(part, stream, next(self._sequence) & 0xFFFFFFFF)
+        try:
+            reading.read()
+        except Refused as error:
+            failure = (PullStatus.REFUSED, error.message)
+        except (OSError, TransportError) as error:
+            is_usable = False
+            is_again = not reading.has_begun and not part.is_retry and not isinstance(error, (PeerStuck, ProtocolError))
+            failure = (PullStatus.FAILED, f"{self.endpoint.address}: {error}")
+            if isinstance(error, PeerStuck):
+                self._note_stuck(str(error))
+        with self._changed:
+            if reading.has_begun and is_usable:
+                self._last_progress = time.monotonic()
+            del self._active[part]
+            is_again = is_again and not part.job.is_broken_off and not self._is_closed
+            if is_again:  # the exporter had closed the pooled connection
+                part.is_retry = True
+                self._queue.appendleft(part)
+        if is_again:
+            return False
+        if failure is not None:
+            self.break_off(part.job, *failure)
+        part.job.let_go()
+        return is_usable and not part.job.is_broken_off
+
+    def _note_stuck(self, message: str) -> None:
+        """Fail what waits as well, unless another connection moved meanwhile: it would only wait as long again."""
+        with self._changed:
+            is_stuck = time.monotonic() - self._last_progress > self._settings.progress_seconds
+        if is_stuck:
+            self._fail_queued(message)
+
+    def _fail_queued(self, message: str) -> None:
+        with self._changed:
+            jobs: Iterable[PullJob] = {part.job: None for part in self._queue}
+        for job in jobs:
+            self.break_off(job, PullStatus.FAILED, message)
+
+
+class _PartReader:
+    """Reads one part. `has_begun`: something of the response has arrived."""
+
+    def __init__(self, part: Part, stream: Stream, sequence: int) -> None:
+        self._part = part
+        self._stream = stream
+        self._sequence = sequence
+        self._page_bytes = part.job.pages.space.page_bytes
+        self.has_begun = False
+
+    def read(self) -> None:
+        """Raises Refused (the connection stays good), TransportError or OSError."""
+        job, begin, end = self._part.job, self._part.begin, self._part.end
+        pages = job.pages.part(begin, end)
+        job.note_read()
+        request = Request(
+            sequence=self._sequence,
+            handoff_id=job.pull.handoff_id,
+            attempt=job.pull.attempt,
+            token=job.pull.token,
+            page_bytes=self._page_bytes,
+            ordinals=job.ordinals[begin:end],
+        )
+        self._stream.write(request.encode())
+        runs, offset, num_verified = Runs(pages), 0, 0
+        while offset < pages.num_bytes:
+            if job.is_broken_off:
+                raise ProtocolError("broken off")
+            frame = self._read_frame(offset, pages.num_bytes)
+            self._stream.read_pages(runs, offset, offset + frame.length)
+            offset += frame.length
+            num_whole = offset // self._page_bytes
+            job.verify(begin + num_verified, begin + num_whole)
+            num_verified = num_whole
+
+    def _read_frame(self, offset: int, total: int) -> Frame:
+        frame = Frame.decode(self._stream.read(wire.FRAME_BYTES))
+        self.has_begun = True
+        if frame.sequence != self._sequence:
+            raise ProtocolError("a frame answers another request")
+        if frame.status is not Status.OK:
+            raise Refused(self._stream.read(frame.length).decode(errors="replace") if frame.length else "refused")
+        if frame.offset != offset or not 0 < frame.length <= total - offset:
+            raise ProtocolError("a frame is not what comes next")
+        return frame

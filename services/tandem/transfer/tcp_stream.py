@@ -1,0 +1,143 @@
+"""One TCP connection of the KV data plane: blocking calls that give up when nothing moves, and can be cut from outside.
+
+Made for one thread that uses it and any thread that calls `shut`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.errors import TransportError
+from tandem.transfer import iovec
+from tandem.transfer.iovec import Iovecs, Runs
+
+_KEEPALIVE_IDLE_SECONDS = 10
+_KEEPALIVE_INTERVAL_SECONDS = 5
+_KEEPALIVE_PROBES = 3
+_SLICES_OF_TIMEOUT = 8  # how exactly a time-out is kept: a blocked call wakes this often within one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TcpSettings:
+    """Times and bounds of the TCP data plane. `key`: shared secret of both ends, or None."""
+
+    connect_seconds: float
+    progress_seconds: float
+    idle_seconds: float
+    connections: int
+    key: bytes | None = None
+    max_serving_connections: int = 256
+
+
+_Call = Callable[[socket.socket, Iovecs], int]
+
+
+class PeerStuck(TransportError):
+    """Nothing moved for as long as it may."""
+
+
+class Stream:
+    """Owns the socket. Every call raises OSError if the connection is lost, PeerStuck if it makes no progress."""
+
+    def __init__(self, sock: socket.socket, progress_seconds: float) -> None:
+        sock.settimeout(None)
+        slice_seconds = max(progress_seconds / _SLICES_OF_TIMEOUT, 0.01)
+        timeval = struct.pack("@ll", int(slice_seconds), int(slice_seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(progress_seconds * 1000))
+        self._lock = threading.Lock()
+        self._socket = sock
+        self._progress_seconds = progress_seconds
+
+    def shut(self) -> None:
+        """Cut the connection: calls under way end at once. Safe from any thread until `close`, and after."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:  # else `shut` could meet the descriptor's next owner
+            self._socket.close()
+
+    def wait_readable(self, seconds: float) -> bool:
+        """Block until something is there to read, maybe the end; False if `seconds` passed."""
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def read(self, size: int, within_seconds: float | None = None) -> bytes:
+        """Read exactly `size` bytes."""
+        buffer = np.empty(size, dtype=np.uint8)
+        self._move(iovec.receive, buffer, within_seconds)
+        return buffer.tobytes()
+
+    def write(self, data: bytes) -> None:
+        """Write all of it; more is to follow or not, it leaves at once."""
+        self._move(iovec.send, np.frombuffer(data, dtype=np.uint8), None)
+
+    def read_pages(self, runs: Runs, begin: int, end: int) -> None:
+        """Read stream bytes [begin, end) straight into the pages."""
+        last = time.monotonic()
+        while begin < end:
+            count = iovec.receive(self._socket, runs.iovecs(begin, end))
+            begin, last = begin + count, self._check_progress(count, last)
+
+    def write_pages(self, runs: Runs, begin: int, end: int, within_seconds: float) -> None:
+        """Write stream bytes [begin, end) straight from the pages; PeerStuck also when `within_seconds` passed."""
+        last = time.monotonic()
+        deadline = last + within_seconds
+        while begin < end:
+            count = iovec.send(self._socket, runs.iovecs(begin, end))
+            begin, last = begin + count, self._check_progress(count, last)
+            if last > deadline and begin < end:
+                raise PeerStuck(f"the peer took less than a frame in {within_seconds:g} s")
+
+    def _move(self, call: _Call, buffer: npt.NDArray[np.uint8], within: float | None) -> None:
+        limit = self._progress_seconds if within is None else within
+        address, done, size = int(buffer.ctypes.data), 0, len(buffer)
+        start = time.monotonic()
+        while done < size:
+            done += call(self._socket, np.array([[address + done, size - done]], dtype=np.uint64))
+            if done < size and time.monotonic() - start > limit:
+                raise PeerStuck(f"{size - done} of {size} bytes are missing after {limit:g} s")
+
+    def _check_progress(self, count: int, last: float) -> float:
+        now = time.monotonic()
+        if count:
+            return now
+        if now - last > self._progress_seconds:
+            raise PeerStuck(f"no progress for {self._progress_seconds:g} s")
+        return last
+
+
+def connect(address: str, connect_seconds: float, progress_seconds: float) -> Stream:
+    """Connect to "host:port". Raises OSError."""
+    host, port = split_address(address)
+    return Stream(socket.create_connection((host, port), timeout=connect_seconds), progress_seconds)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Cut "host:port" or "[v6]:port"; raises OSError, as an unreachable address does."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise OSError(f"{address!r} is not host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

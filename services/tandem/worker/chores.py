@@ -1,0 +1,60 @@
+"""What the event loop does beside its work: figures for the frontend, and the self-check of an idle worker."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from tandem.core.messages.worker import Stats
+from tandem.core.scheduler import Scheduler
+from tandem.core.stats import LoadSnapshot
+
+STATS_SECONDS = 0.1  # at most so often, and only when something has changed
+IDLE_SECONDS = 0.2  # how long nothing has happened when the self-check runs
+CHECK_SECONDS = 1.0  # at least so long between two self-checks
+_logger = logging.getLogger(__name__)
+
+
+class Chores:
+    """Timers of the loop that are not the scheduler's. Both are off while nothing has happened since they last ran."""
+
+    def __init__(self, send: Callable[[object], None]) -> None:
+        self._send = send
+        self._stats_due: float | None = None
+        self._check_due: float | None = None
+        self._last_stats = float("-inf")
+        self._last_check = float("-inf")
+        self._sent: LoadSnapshot | None = None
+
+    def next_due(self) -> float | None:
+        """When `run` wants to be called again."""
+        return min((due for due in (self._stats_due, self._check_due) if due is not None), default=None)
+
+    def run(self, scheduler: Scheduler, *, happened: bool, idle: bool, now: float) -> None:
+        """Do what is due. Call after every turn of the loop.
+
+        `happened`: the turn was not one of ours only; `idle`: the device has nothing to do.
+        """
+        if happened:
+            self._check_due = max(now + IDLE_SECONDS, self._last_check + CHECK_SECONDS)
+            if self._stats_due is None:
+                self._stats_due = max(now, self._last_stats + STATS_SECONDS)
+        if self._stats_due is not None and now >= self._stats_due:
+            self._report(scheduler, now)
+        if self._check_due is not None and now >= self._check_due:
+            if idle:
+                self._check(scheduler, now)
+            else:
+                self._check_due = now + IDLE_SECONDS
+
+    def _check(self, scheduler: Scheduler, now: float) -> None:
+        self._last_check, self._check_due = now, None
+        for fault in scheduler.self_check():
+            _logger.error("self-check: %s", fault)
+
+    def _report(self, scheduler: Scheduler, now: float) -> None:
+        self._last_stats, self._stats_due = now, None
+        load = scheduler.load(now)
+        if load != self._sent:
+            self._sent = load
+            self._send(Stats(load))

@@ -1,0 +1,225 @@
+"""The worker program: composes frontend, hand-off ends and rank 0 for one role, and sees it through its life.
+
+The frontend is this process; it holds no torch. Rank 0 is a process of its own: when it dies, the worker says why and
+ends, within two seconds; when this process dies, the kernel takes the rank along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from tandem.config import Config, Role
+from tandem.core.messages import handoff, requests
+from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
+from tandem.rpc.convert_worker import worker_info
+from tandem.rpc.gen.handoff.v1.handoff_service_pb2_grpc import add_HandoffServiceServicer_to_server
+from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
+from tandem.rpc.server import RpcServer
+from tandem.worker.frontend import Frontend
+from tandem.worker.handoff_client import HandoffClient
+from tandem.worker.handoff_server import HandoffServer
+from tandem.worker.lifespan import StopSignals
+from tandem.worker.messages import StartRank, StepEnded
+from tandem.worker.peer_channels import PeerChannels
+from tandem.worker.rank_process import RankProcess
+
+STOP_SECONDS = 2.0  # for streams to take their last messages
+DRAIN_MARGIN_SECONDS = 5.0  # beyond drain_seconds and a lease; a rank that is not done by then is ended
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker serves: what its ready line says."""
+
+    address: str  # host:port of its gRPC services
+    instance_id: bytes
+    rank: RankReady
+
+
+async def serve(
+    role: Role,
+    config: Config,
+    ready: Callable[[WorkerReady], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> int:
+    """Run a worker until it is told to stop, or its rank dies; return the exit code.
+
+    Call it in the main thread of a process of its own: it takes over SIGTERM and SIGINT. `ready` is called once,
+    `progress` with what the start is doing. Raises ConfigError if it cannot listen.
+    """
+    worker = _Worker(role, config, ready, progress)
+    with StopSignals() as stop:
+        try:
+            await worker.start()
+            return await worker.run(stop)
+        finally:
+            await worker.close()
+
+
+class _Worker:
+    def __init__(
+        self,
+        role: Role,
+        config: Config,
+        ready: Callable[[WorkerReady], None] | None,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self._role: Role = role
+        self._config = config
+        self._on_ready = ready
+        self._on_progress = progress
+        self._instance_id = secrets.token_bytes(16)
+        self._host = config.server.advertise_host or config.server.host
+        self._failed: RankFailed | None = None
+        self._rank: RankProcess | None = None
+        self._server = RpcServer(reflection=config.server.reflection)
+        self._address = ""
+        self._frontend: Frontend
+        self._handoff_server: HandoffServer | None = None
+        self._handoff_client: HandoffClient | None = None
+
+    async def start(self) -> None:
+        """Listen, not ready yet, and start the rank."""
+        config = self._config
+        port = self._server.listen(config.server.host, config.server.port)
+        self._address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
+        self._frontend = Frontend(self._send, self._starting_info(port))
+        self._server.add(add_WorkerServiceServicer_to_server, self._frontend, "tandem.worker.v1.WorkerService")
+        if self._role == "prefill":
+            self._handoff_server = HandoffServer(self._send, self._instance_id)
+            self._server.add(
+                add_HandoffServiceServicer_to_server, self._handoff_server, "tandem.handoff.v1.HandoffService"
+            )
+        elif self._role == "decode":
+            self._handoff_client = HandoffClient(self._send, PeerChannels(config.handoff.connect_seconds))
+        self._handlers = self._dispatch_table()
+        await self._server.start()
+        self._frontend.start()
+        self._rank = await RankProcess.spawn(self._receive)
+        self._rank.send(
+            StartRank(role=self._role, config=config, instance_id=self._instance_id, worker_host=self._host)
+        )
+
+    async def run(self, stop: StopSignals) -> int:
+        """Wait for the end, whoever brings it, and return the exit code."""
+        assert self._rank is not None
+        asked = asyncio.create_task(stop.asked.wait())
+        await asyncio.wait((asked, self._rank.exit_code), return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if self._rank.exit_code.done():
+            return self._rank_died(self._rank.exit_code.result())
+        if self._frontend.info.state == "starting":
+            return 0  # nobody was served yet
+        return await self._drain(stop)
+
+    async def close(self) -> None:
+        """End everything that is still there."""
+        clean = self._rank is not None and self._rank.exit_code.done() and not self._rank.exit_code.result()
+        if self._handoff_client is not None:
+            await self._handoff_client.close()
+        if self._rank is not None:
+            await self._frontend.close()
+            await self._rank.close()
+        await self._server.stop(STOP_SECONDS if clean else 0)
+
+    async def _drain(self, stop: StopSignals) -> int:
+        assert self._rank is not None
+        grace = self._config.server.drain_seconds
+        _logger.info("stopping: %d requests have %g s to end", self._frontend.num_requests, grace)
+        await self._server.drain()
+        self._frontend.set_state("draining")
+        if self._handoff_server is not None:
+            self._handoff_server.drain()
+        self._rank.send(requests.Drain(grace))
+        insisted = asyncio.create_task(stop.insisted.wait())
+        longest = grace + DRAIN_MARGIN_SECONDS + (self._config.handoff.lease_seconds if self._role == "prefill" else 0)
+        await asyncio.wait((insisted, self._rank.exit_code), timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        insisted.cancel()
+        if self._rank.exit_code.done():
+            code = self._rank.exit_code.result()
+            return 0 if code == 0 and self._failed is None else self._rank_died(code)
+        _logger.error("stopped with %d requests unfinished", self._frontend.num_requests)
+        return 1
+
+    def _rank_died(self, code: int) -> int:
+        assert self._rank is not None
+        if self._failed is not None:
+            _logger.error("rank 0 failed: %s", self._failed.message)
+            return self._failed.exit_code or 1
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        last_words = self._rank.last_words()
+        _logger.error("rank 0 ended %s%s", how, f"; it said last:\n{last_words}" if last_words else "")
+        return 1
+
+    # ---- the rank's messages --------------------------------------------------------------------------------------
+
+    def _send(self, message: object) -> None:
+        if self._rank is not None:
+            self._rank.send(message)
+
+    def _receive(self, messages: list[Any]) -> None:
+        for message in messages:
+            self._handlers[type(message)](message)
+
+    def _dispatch_table(self) -> dict[type, Callable[[Any], None]]:
+        table: dict[type, Callable[[Any], None]] = {
+            StartupProgress: self._progressed,
+            RankReady: self._became_ready,
+            RankFailed: self._rank_failed,
+            Stats: self._frontend.stats,
+            StepEnded: self._frontend.step_ended,
+            requests.Tokens: self._frontend.tokens,
+            requests.Ended: self._frontend.ended,
+        }
+        if self._handoff_client is not None:
+            table |= {
+                handoff.OpenStream: self._handoff_client.open,
+                handoff.SendRelease: self._handoff_client.release,
+                handoff.DropStream: self._handoff_client.drop,
+            }
+        if self._handoff_server is not None:
+            respond = self._handoff_server.respond
+            sends = (handoff.SendAccepted, handoff.SendAnnounce, handoff.SendFirstToken, handoff.SendComplete)
+            table |= dict.fromkeys(sends, respond) | {handoff.EndStream: self._handoff_server.end}
+        return table
+
+    def _progressed(self, progress: StartupProgress) -> None:
+        if self._on_progress is not None:
+            self._on_progress(progress.message)
+
+    def _rank_failed(self, failed: RankFailed) -> None:
+        self._failed = failed
+
+    def _became_ready(self, ready: RankReady) -> None:
+        info = worker_info(
+            ready,
+            worker_id=self._frontend.info.worker_id,
+            instance_id=self._instance_id,
+            handoff_address=self._address if self._role == "prefill" else "",
+            version=self._frontend.info.version,
+        )
+        self._frontend.open_for(ready, info)
+        if self._handoff_server is not None:
+            self._handoff_server.open_for(ready)
+        self._serving = asyncio.create_task(self._server.set_ready(True))
+        if self._on_ready is not None:
+            self._on_ready(WorkerReady(self._address, self._instance_id, ready))
+
+    def _starting_info(self, port: int) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=f"{socket.gethostname()}:{port}",
+            instance_id=self._instance_id,
+            role=self._role,
+            state="starting",
+            model=self._config.model.served_name or self._config.model.path,
+            fingerprint="",
+            version=version("tandem-serve"),
+        )

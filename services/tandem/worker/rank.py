@@ -1,0 +1,206 @@
+"""Rank 0 of a worker: starts engine and transfer process, tells the frontend, and runs the event loop.
+
+Runs in a process of its own, which shares a GIL neither with gRPC nor with KV bytes. It lives exactly as long as its
+frontend's end of the pipe.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tandem.core.messages.plans import Plan, Row, Sample
+from tandem.core.messages.sampling import SamplingParams
+from tandem.core.messages.transfer import TransferReady
+from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress
+from tandem.core.roles import Loop, select_loop
+from tandem.core.scheduler import TOKEN_BYTES, Scheduler
+from tandem.core.settings import SchedulerSettings
+from tandem.engine.device import Device
+from tandem.engine.start import Engine, start_engine
+from tandem.errors import ConfigError, TandemError
+from tandem.ipc import Channel, ChannelClosed
+from tandem.transfer.choice import check_transport
+from tandem.transfer.process import TransferProcess
+from tandem.worker.chores import Chores
+from tandem.worker.loop import run
+from tandem.worker.messages import StartRank
+from tandem.worker.ports import RankPorts
+from tandem.worker.transfer_link import TransferLink
+
+START_SECONDS = 60.0  # for the first transfer process to pass its self-test
+WARM_UP_SECONDS = 300.0
+FINISH_SECONDS = 5.0  # for the frontend to take the last messages
+_WARM_UP_PLAN_ID = -1  # before every plan of the scheduler
+_logger = logging.getLogger(__name__)
+
+
+def serve(start: StartRank, frontend: Channel) -> int:
+    """Run a rank to its end and return the process's exit code; faults go to the frontend as RankFailed."""
+    try:
+        _serve(start, frontend)
+    except ChannelClosed:
+        return 0  # the frontend is gone: nobody is left to tell
+    except ConfigError as error:
+        return _fail(frontend, RankFailed(error.message, exit_code=2))
+    except TandemError as error:
+        return _fail(frontend, RankFailed(error.message))
+    except Exception as error:
+        _logger.exception("rank 0 failed")
+        return _fail(frontend, RankFailed(f"{type(error).__name__}: {error}"))
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """The transfer side of a rank; both None for a role that hands nothing over."""
+
+    link: TransferLink | None = None
+    ready: TransferReady | None = None
+
+
+def _serve(start: StartRank, frontend: Channel) -> None:
+    began = time.monotonic()
+    progress = _progress_to(frontend)
+    if start.role != "unified":
+        check_transport(start.config)
+    engine = start_engine(start.config, progress)
+    transfer = _Transfer()
+    try:
+        _warm_up(engine, progress)
+        transfer = _start_transfer(start, engine, progress)
+        loop = select_loop(start.role, start.config.scheduler.loop)
+        scheduler = Scheduler(_settings(start, engine, loop), lambda: secrets.token_bytes(TOKEN_BYTES))
+        if transfer.ready is not None:
+            scheduler.handle(transfer.ready, time.monotonic())
+        ports = RankPorts(frontend, engine.device, transfer.link, time.monotonic)
+        ports.send(_ready(start, engine, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
+        run(scheduler, engine.device, ports, time.monotonic, loop.depth, Chores(ports.send))
+        ports.finish(FINISH_SECONDS)
+    finally:
+        if transfer.link is not None:
+            transfer.link.stop()
+        engine.device.close()
+
+
+def _progress_to(frontend: Channel) -> Callable[[str], None]:
+    def progress(message: str) -> None:
+        frontend.send(StartupProgress(message))
+        frontend.flush()
+
+    return progress
+
+
+def _fail(frontend: Channel, failed: RankFailed) -> int:
+    try:
+        frontend.send(failed)
+        deadline = time.monotonic() + FINISH_SECONDS
+        while frontend.pending_bytes and time.monotonic() < deadline:
+            select.select([], [frontend], [], FINISH_SECONDS)
+            frontend.flush()
+    except ChannelClosed:
+        return failed.exit_code
+    return failed.exit_code
+
+
+def _warm_up(engine: Engine, progress: Callable[[str], None]) -> None:
+    """Run a small plan through the device, as the loop will: what fails then fails before anybody is told to come."""
+    progress("warming up")
+    tokens = min(2, engine.layout.page_tokens)
+    row = Row(
+        request_id=0,
+        slot=0,
+        start=0,
+        num_tokens=tokens,
+        token_ids=(0,) * tokens,
+        pages=(0,),
+        sample=Sample(params=SamplingParams(temperature=0.0, max_tokens=1), output_index=0),
+        zero_tail=True,
+    )
+    _resolve(engine.device, Plan(_WARM_UP_PLAN_ID, (row,)))
+
+
+def _resolve(device: Device, plan: Plan) -> None:
+    device.launch(plan)
+    readable, _, _ = select.select([device], [], [], WARM_UP_SECONDS)
+    if not readable:
+        raise TandemError(f"the device did not finish a small plan within {WARM_UP_SECONDS:g} s")
+    device.resolved()
+
+
+def _start_transfer(start: StartRank, engine: Engine, progress: Callable[[str], None]) -> _Transfer:
+    """Start the transfer process and wait for its self-test. Raises TandemError if it does not pass in time."""
+    if start.role == "unified":
+        return _Transfer()
+    progress("starting the transfer process")
+
+    def spawn() -> TransferProcess:
+        config = start.config
+        return TransferProcess.spawn(config.transfer, config.handoff, engine.memory, engine.layout, start.worker_host)
+
+    link = TransferLink(spawn, time.monotonic, engine.device.adopt)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        link.advance()
+        channels: Sequence[Channel] = [link.channel] if link.channel is not None else []
+        readable, _, _ = select.select(channels, [], [], 0.1)
+        for outcome in link.receive() if readable else []:
+            if isinstance(outcome, TransferReady):
+                return _Transfer(link, outcome)
+    link.stop()
+    raise TandemError(f"the transfer process was not ready within {START_SECONDS:g} s; its log says why")
+
+
+def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings:
+    return SchedulerSettings(
+        role=start.role,
+        chain=loop.chain,
+        num_pages=engine.layout.num_pages,
+        page_tokens=engine.layout.page_tokens,
+        max_context_tokens=engine.spec.max_context_tokens,
+        vocab_size=engine.spec.vocab_size,
+        eos_token_ids=tuple(engine.spec.eos_token_ids),
+        prefix_cache=start.config.cache.prefix_cache,
+        scheduler=start.config.scheduler,
+        handoff=start.config.handoff,
+        fingerprint=engine.fingerprint,
+        numerics=engine.numerics,
+        instance_id=start.instance_id,
+    )
+
+
+def _ready(
+    start: StartRank,
+    engine: Engine,
+    loop: Loop,
+    settings: SchedulerSettings,
+    transfer: TransferReady | None,
+    seconds: float,
+) -> RankReady:
+    return RankReady(
+        role=start.role,
+        loop=loop.name,
+        model=start.config.model.served_name or start.config.model.path.rstrip("/").rpartition("/")[2],
+        max_total_num_tokens=settings.max_total_num_tokens,
+        max_req_input_len=settings.max_req_input_len,
+        max_context_tokens=settings.max_context_tokens,
+        max_running_requests=start.config.scheduler.max_running_requests,
+        page_tokens=settings.page_tokens,
+        num_pages=settings.num_pages,
+        page_bytes=engine.layout.page_bytes,
+        vocab_size=settings.vocab_size,
+        eos_token_ids=settings.eos_token_ids,
+        fingerprint=engine.fingerprint,
+        numerics=engine.numerics,
+        dtype=engine.layout.dtype,
+        operators=engine.operators,
+        weight_bytes=engine.weight_bytes,
+        endpoints=transfer.endpoints if transfer is not None and start.role == "prefill" else (),
+        imports=transfer.imports if transfer is not None and start.role == "decode" else (),
+        transport_notes=transfer.notes if transfer is not None else (),
+        startup_seconds=seconds,
+    )
