@@ -28,7 +28,7 @@ ALLOWED = {
     "engine": {"engine", "core", "transfer", "config", "errors", "demo"},
     "rpc": {"rpc", "core", "errors", "config"},
     "telemetry": {"telemetry", "core", "config", "errors"},
-    "worker": {"worker", "core", "engine", "transfer", "rpc", "telemetry", "config", "config_load", "errors", "ipc"},
+    "worker": {"worker", "core", "engine", "transfer", "rpc", "telemetry", "config", "errors", "ipc", "demo"},
     "gateway": {"gateway", "core", "rpc", "telemetry", "config", "errors", "demo"},
     "demo": {"demo"},
     "cli": {
@@ -43,6 +43,7 @@ ALLOWED = {
         "gateway",
         "demo",
         "transfer",
+        "telemetry",
     },
 }
 CORE_PARTS = {  # what packages outside core's users may take from it

@@ -81,7 +81,7 @@ def write_checkpoint(
         "attn_implementation": "eager",
     }
     config = getattr(transformers, variant.config_class)(**(settings | variant.settings | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     fill_weights(model, np.random.default_rng(seed), dtype)
     model.to(dtype).save_pretrained(folder, max_shard_size=variant.shard_size)
     model.to(torch.float32)

@@ -58,7 +58,8 @@ def naive_support(logits: torch.Tensor, params: SamplingParams) -> list[int]:
     order = [int(t) for t in np.argsort(-probabilities, kind="stable")]
     order = [token for token in order if probabilities[token] >= params.min_p * probabilities[order[0]]]
     order = order[: params.top_k] if params.top_k else order
-    total, before, support = probabilities[order].sum(), 0.0, []
+    total, before = probabilities[order].sum(), 0.0
+    support: list[int] = []
     for token in order:
         if support and before >= params.top_p * total:
             break
@@ -216,8 +217,7 @@ def test_penalties(
         temperature=0.0, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
     )
     sample = Sample(params=params, output_index=0, history=tuple(history), num_prompt=num_prompt)
-    token = sample_tokens(logits, [sample]).item()
-    assert expected[int(token)] == pytest.approx(max(expected), abs=1e-5)
+    assert expected[int(sample_tokens(logits, [sample]))] == pytest.approx(max(expected), abs=1e-5)
 
 
 def test_bias_and_bans() -> None:

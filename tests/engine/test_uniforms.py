@@ -21,7 +21,7 @@ def test_exact_values() -> None:
     for seed, index in ((0, 0), (1, 0), (0, 1), (2**64 - 1, 2**31), (-1, 5), (2**70 + 3, 12)):
         bits = _mixed((_mixed(((seed & mask) + step) & mask) + (index + 1) * step) & mask)
         assert uniforms([seed], [index])[0] == (bits >> 11) * 2.0**-53
-    assert uniforms([42, 42], [0, 1]).tolist() == [0.8112121751297505, 0.9170063544201093]
+    assert uniforms([42, 42], [0, 1]).tolist() == [0.34329192209867343, 0.9557467261317436]
 
 
 def test_uniform_over_seeds_and_over_indices() -> None:

@@ -64,7 +64,7 @@ def _download(hub_id: str, revision: str, progress: Callable[[str], None]) -> Ch
 
 
 def _progress_bar(hub_id: str, progress: Callable[[str], None]) -> type[Any]:
-    """A progress bar class that reports bytes as text now and then, and draws nothing."""
+    """A progress bar class that reports bytes or files as text now and then, and draws nothing."""
     import huggingface_hub.utils
 
     plain: Any = huggingface_hub.utils.tqdm  # type: ignore[attr-defined]  # exported, though not in its stubs
@@ -78,10 +78,11 @@ def _progress_bar(hub_id: str, progress: Callable[[str], None]) -> type[Any]:
 
         def display(self, *_arguments: Any, **_named: Any) -> bool:
             now = time.monotonic()
-            if self.unit == "B" and self.n and now - self._reported_at >= _PROGRESS_SECONDS:
+            if self.n and now - self._reported_at >= _PROGRESS_SECONDS:
                 self._reported_at = now
-                total = f" of {self.total / 1e6:.0f}" if self.total else ""
-                progress(f"downloading {hub_id}: {self.n / 1e6:.0f}{total} MB")
+                scale, unit = (1e6, "MB") if self.unit == "B" else (1, "files")
+                total = f" of {self.total / scale:.0f}" if self.total else ""
+                progress(f"downloading {hub_id}: {self.n / scale:.0f}{total} {unit}")
             return True
 
     return TextProgress

@@ -150,7 +150,7 @@ def _pick(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     sums = weights.cumsum(dim=-1)
     picked = torch.searchsorted(sums, targets * sums[:, -1:], right=True)
     # Rounding may put the target at the total: then the last index with a weight, where the sum reaches its end.
-    last = torch.searchsorted(sums, sums[:, -1:])
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
     return torch.minimum(picked, last)[:, 0]
 
 

@@ -6,7 +6,7 @@ One consumer, no tasks: every sequence's stream wakes the same event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from tandem.errors import DeadlineExceeded
 from tandem.gateway.dispatch import Dispatcher
@@ -51,7 +51,7 @@ class Generation:
             for index in range(prepared.num_sequences)
         ]
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield new output until every sequence has finished; raises the error that ended one, and ends the others.
 
         However it is left - cancelled, closed, failed - nothing of the request goes on at the workers.

@@ -1,4 +1,4 @@
-"""Prometheus over HTTP, in a thread of its own: a scrape does not wait for the event loop, nor the loop for a scrape."""
+"""Prometheus over HTTP, in a thread of its own: a scrape does not wait for the event loop, nor it for a scrape."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -28,7 +29,7 @@ class GatewayMetrics:
         """Show what these return."""
         self._inflight.set_function(inflight)
         for role in ("prefill", "decode", "unified"):
-            self._ready_workers.labels(role).set_function(lambda role=role: ready_workers(role))
+            self._ready_workers.labels(role).set_function(partial(ready_workers, role))
 
     def first_output(self, api: str, seconds: float) -> None:
         self._ttft.labels(api).observe(seconds)

@@ -1,4 +1,4 @@
-"""A worker's metrics: its last LoadSnapshot and what it runs, shown as they are at a scrape. Nothing is counted here."""
+"""A worker's metrics: its last LoadSnapshot and what it runs, as they are at a scrape. Nothing is counted here."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -39,15 +40,20 @@ for _call in (_libc.sendmsg, _libc.recvmsg):
 
 
 class Runs:
-    """Pages as one byte stream over memory, adjacent pages coalesced. Keep the pages' space alive while in use."""
+    """Pages as one byte stream over memory, adjacent ones coalesced. Whoever uses it keeps the memory mapped."""
 
-    def __init__(self, pages: Pages) -> None:
-        addresses, size = pages.addresses, pages.space.page_bytes
+    def __init__(self, addresses: npt.NDArray[np.uint64], page_bytes: int) -> None:
         is_head = np.ones(len(addresses), dtype=bool)
-        is_head[1:] = addresses[1:] != addresses[:-1] + np.uint64(size)
+        is_head[1:] = addresses[1:] != addresses[:-1] + np.uint64(page_bytes)
         heads = np.flatnonzero(is_head)
         self._addresses = addresses[heads]
-        self._offsets = np.append(heads, len(addresses)).astype(np.int64) * size  # run i: [offsets[i], offsets[i + 1])
+        self._offsets = (
+            np.append(heads, len(addresses)).astype(np.int64) * page_bytes
+        )  # run i: [offsets[i], offsets[i + 1])
+
+    @classmethod
+    def of(cls, pages: Pages) -> Runs:
+        return cls(pages.addresses, pages.space.page_bytes)
 
     def iovecs(self, begin: int, end: int) -> Iovecs:
         """Return the memory of stream bytes [begin, end), cut after MAX_IOVECS runs."""
@@ -71,7 +77,7 @@ def receive(sock: socket.socket, vectors: Iovecs) -> int:
     return _transfer(_libc.recvmsg, sock, vectors, socket.MSG_WAITALL)
 
 
-def _transfer(call: ctypes._CFuncPtr, sock: socket.socket, vectors: Iovecs, flags: int) -> int:
+def _transfer(call: Callable[..., int], sock: socket.socket, vectors: Iovecs, flags: int) -> int:
     header = _MessageHeader(msg_iov=vectors.ctypes.data, msg_iovlen=len(vectors))
     while True:
         count = int(call(sock.fileno(), ctypes.byref(header), flags))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.errors import TransportError
 from tandem.transfer import wire
+from tandem.transfer.choice import TCP
 from tandem.transfer.grants import GrantTable
 from tandem.transfer.handshake import welcome
 from tandem.transfer.iovec import Runs
@@ -25,7 +26,6 @@ from tandem.transfer.wire import Frame, Request, RequestHead, Status
 
 _log = logging.getLogger(__name__)
 
-TRANSPORT = "tcp"
 _MAX_FRAME_SECONDS = 60.0  # slower than 70 kB/s is no importer
 _IDLE_FACTOR = 2  # the importer closes first, so that it seldom finds a dead connection in its pool
 _BACKLOG = 128
@@ -45,7 +45,7 @@ class TcpExporter:
         self._threads: set[threading.Thread] = set()
         self._is_closed = False
         address = join_address(host, listener.getsockname()[1])
-        self.endpoint = RankEndpoint(transport=TRANSPORT, address=address, instance_id=instance_id)
+        self.endpoint = RankEndpoint(transport=TCP, address=address, instance_id=instance_id)
         self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
         self._acceptor.start()
 
@@ -133,7 +133,7 @@ class TcpExporter:
         if pages.space.page_bytes != request.page_bytes:
             self._refuse(stream, request, f"pages have {pages.space.page_bytes} bytes, not {request.page_bytes}")
             return
-        runs = Runs(pages)
+        runs = Runs.of(pages)
         for begin in range(0, pages.num_bytes, wire.MAX_FRAME_BYTES):
             end = min(begin + wire.MAX_FRAME_BYTES, pages.num_bytes)
             with self._grants.sending(grant, stream) as is_live:

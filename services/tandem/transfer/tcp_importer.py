@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.transfer.choice import TCP
 from tandem.transfer.contract import PullDone
 from tandem.transfer.pages import PageSpace
 from tandem.transfer.pull_job import Part, PullJob
-from tandem.transfer.tcp_exporter import TRANSPORT
 from tandem.transfer.tcp_link import TcpLink
 from tandem.transfer.tcp_stream import TcpSettings
 from tandem.transfer.wire import MAX_ORDINALS
@@ -30,7 +30,7 @@ class TcpImporter:
         self._jobs: dict[int, tuple[PullJob, TcpLink]] = {}
 
     def pull(self, pull: Pull, done: PullDone) -> None:
-        job = PullJob(pull, self._space, TRANSPORT, lambda ended: self._ended(ended, done))
+        job = PullJob(pull, self._space, TCP, lambda ended: self._ended(ended, done))
         parts = self._cut(job)
         job.hold(len(parts))
         with self._lock:

@@ -33,21 +33,21 @@ class TcpLink:
     def __init__(self, endpoint: RankEndpoint, settings: TcpSettings, idle: Callable[[TcpLink], None]) -> None:
         self.endpoint = endpoint
         self._settings = settings
-        self._idle = idle  # called, without a lock, by the last thread that ends
+        self._idle = idle  # called, without a lock, by a thread that ends last
         self._changed = threading.Condition()
         self._queue: deque[Part] = deque()
         self._active: dict[Part, Stream] = {}
         self._threads: set[threading.Thread] = set()
         self._num_connected = 0
         self._num_waiting = 0
-        self._last_progress = 0.0
         self._sequence = itertools.count(1)
         self._is_closed = False
 
     @property
     def is_idle(self) -> bool:
+        """Whether no thread is left."""
         with self._changed:
-            return not self._threads and not self._queue
+            return not self._threads
 
     def submit(self, parts: list[Part]) -> None:
         """Read them, in order as far as connections are free. Each part holds its job already."""
@@ -89,36 +89,44 @@ class TcpLink:
 
     def _run(self) -> None:
         stream: Stream | None = None
-        try:
-            while self._wait_for_work():
-                if stream is None and (stream := self._connect()) is None:
+        while self._wait_for_work():
+            if stream is None and (stream := self._connect()) is None:
+                if self._leave_to_others():
                     break
-                if (part := self._take(stream)) is not None and not self._finish(part, stream):
-                    stream = self._disconnect(stream)
-        finally:
-            if stream is not None:
+                continue
+            if (part := self._take(stream)) is not None and not self._finish(part, stream):
                 self._disconnect(stream)
-            with self._changed:
-                self._threads.discard(threading.current_thread())
-                is_last = not self._threads
-            if is_last:
-                self._idle(self)
+                stream = None
+        if stream is not None:
+            self._disconnect(stream)
+        if self.is_idle:
+            self._idle(self)
 
     def _wait_for_work(self) -> bool:
+        """False: this thread is no longer one of the link's. Leaving and looking at the queue are one step."""
         with self._changed:
             self._num_waiting += 1
             self._changed.wait_for(lambda: self._queue or self._is_closed, self._settings.idle_seconds)
             self._num_waiting -= 1
-            return bool(self._queue) and not self._is_closed
+            if self._queue and not self._is_closed:
+                return True
+            self._threads.discard(threading.current_thread())
+            return False
+
+    def _leave_to_others(self) -> bool:
+        """After a failed connect: leave if other threads are connected, else fail all that waits."""
+        with self._changed:
+            if self._num_connected:
+                self._threads.discard(threading.current_thread())
+                return True
+        return False
 
     def _connect(self) -> Stream | None:
         """Connect; on failure, and with no other connection there, everything that waits has failed."""
         try:
             stream = dial(self.endpoint.address, self.endpoint.instance_id, self._settings)
         except (OSError, TransportError) as error:
-            with self._changed:
-                is_reachable = self._num_connected > 0
-            if not is_reachable:
+            if not self._num_connected:
                 self._fail_queued(f"cannot reach {self.endpoint.address}: {error}")
             return None
         with self._changed:
@@ -154,24 +162,22 @@ class TcpLink:
             if isinstance(error, PeerStuck):
                 self._note_stuck(str(error))
         with self._changed:
-            if reading.has_begun and is_usable:
-                self._last_progress = time.monotonic()
             del self._active[part]
-            is_again = is_again and not part.job.is_broken_off and not self._is_closed
-            if is_again:  # the exporter had closed the pooled connection
-                part.is_retry = True
+            is_usable = is_usable and not part.job.is_broken_off  # else it was cut
+            if is_again and not part.job.is_broken_off and not self._is_closed:
+                part.is_retry = True  # the exporter had closed the pooled connection
                 self._queue.appendleft(part)
-        if is_again:
-            return False
+                return False
         if failure is not None:
             self.break_off(part.job, *failure)
         part.job.let_go()
-        return is_usable and not part.job.is_broken_off
+        return is_usable
 
     def _note_stuck(self, message: str) -> None:
-        """Fail what waits as well, unless another connection moved meanwhile: it would only wait as long again."""
+        """Fail what waits as well, unless another connection moves: it would only wait as long again."""
+        since = time.monotonic() - self._settings.progress_seconds
         with self._changed:
-            is_stuck = time.monotonic() - self._last_progress > self._settings.progress_seconds
+            is_stuck = not any(stream.last_moved > since for stream in self._active.values())
         if is_stuck:
             self._fail_queued(message)
 
@@ -206,7 +212,7 @@ class _PartReader:
             ordinals=job.ordinals[begin:end],
         )
         self._stream.write(request.encode())
-        runs, offset, num_verified = Runs(pages), 0, 0
+        runs, offset, num_verified = Runs.of(pages), 0, 0
         while offset < pages.num_bytes:
             if job.is_broken_off:
                 raise ProtocolError("broken off")

@@ -64,6 +64,7 @@ class Stream:
         self._lock = threading.Lock()
         self._socket = sock
         self._progress_seconds = progress_seconds
+        self.last_moved = time.monotonic()  # when pages last moved
 
     def shut(self) -> None:
         """Cut the connection: calls under way end at once. Safe from any thread until `close`, and after."""
@@ -92,20 +93,26 @@ class Stream:
 
     def read_pages(self, runs: Runs, begin: int, end: int) -> None:
         """Read stream bytes [begin, end) straight into the pages."""
-        last = time.monotonic()
+        self.last_moved = time.monotonic()
         while begin < end:
-            count = iovec.receive(self._socket, runs.iovecs(begin, end))
-            begin, last = begin + count, self._check_progress(count, last)
+            begin += self._note(iovec.receive(self._socket, runs.iovecs(begin, end)))
 
     def write_pages(self, runs: Runs, begin: int, end: int, within_seconds: float) -> None:
         """Write stream bytes [begin, end) straight from the pages; PeerStuck also when `within_seconds` passed."""
-        last = time.monotonic()
-        deadline = last + within_seconds
+        self.last_moved = time.monotonic()
+        deadline = self.last_moved + within_seconds
         while begin < end:
-            count = iovec.send(self._socket, runs.iovecs(begin, end))
-            begin, last = begin + count, self._check_progress(count, last)
-            if last > deadline and begin < end:
+            begin += self._note(iovec.send(self._socket, runs.iovecs(begin, end)))
+            if begin < end and self.last_moved > deadline:
                 raise PeerStuck(f"the peer took less than a frame in {within_seconds:g} s")
+
+    def _note(self, count: int) -> int:
+        now = time.monotonic()
+        if count:
+            self.last_moved = now
+        elif now - self.last_moved > self._progress_seconds:
+            raise PeerStuck(f"no progress for {self._progress_seconds:g} s")
+        return count
 
     def _move(self, call: _Call, buffer: npt.NDArray[np.uint8], within: float | None) -> None:
         limit = self._progress_seconds if within is None else within
@@ -115,14 +122,6 @@ class Stream:
             done += call(self._socket, np.array([[address + done, size - done]], dtype=np.uint64))
             if done < size and time.monotonic() - start > limit:
                 raise PeerStuck(f"{size - done} of {size} bytes are missing after {limit:g} s")
-
-    def _check_progress(self, count: int, last: float) -> float:
-        now = time.monotonic()
-        if count:
-            return now
-        if now - last > self._progress_seconds:
-            raise PeerStuck(f"no progress for {self._progress_seconds:g} s")
-        return last
 
 
 def connect(address: str, connect_seconds: float, progress_seconds: float) -> Stream:

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import grpc
 from grpc import aio
@@ -115,7 +116,7 @@ class Frontend(worker_grpc.WorkerServiceServicer):
 
     # ---- gRPC -----------------------------------------------------------------------------------------------------
 
-    async def Session(  # type: ignore[override]
+    async def Session(
         self, request_iterator: _Requests, context: _SessionContext
     ) -> AsyncIterator[worker_pb2.SessionResponse]:
         if len(self._sessions) >= MAX_SESSIONS:
@@ -137,7 +138,7 @@ class Frontend(worker_grpc.WorkerServiceServicer):
         if reader.done() and not reader.cancelled() and (error := reader.exception()) is not None:
             raise error
 
-    async def Generate(  # type: ignore[override]
+    async def Generate(
         self, request: worker_pb2.GenerateRequest, context: _GenerateContext
     ) -> AsyncIterator[worker_pb2.GenerateResponse]:
         submit = request.submit
@@ -160,13 +161,13 @@ class Frontend(worker_grpc.WorkerServiceServicer):
             self._table.drop(session, CancelCause.CLIENT)
         raise Overloaded("the output was not read", reason="SLOW_CLIENT")
 
-    async def GetWorkerInfo(  # type: ignore[override]
-        self, request: worker_pb2.GetWorkerInfoRequest, context: aio.ServicerContext
+    async def GetWorkerInfo(
+        self, request: worker_pb2.GetWorkerInfoRequest, context: aio.ServicerContext[Any, Any]
     ) -> worker_pb2.GetWorkerInfoResponse:
         return worker_pb2.GetWorkerInfoResponse(info=convert_worker.worker_info_to_proto(self._info))
 
-    async def WatchKvEvents(  # type: ignore[override]
-        self, request: worker_pb2.WatchKvEventsRequest, context: aio.ServicerContext
+    async def WatchKvEvents(
+        self, request: worker_pb2.WatchKvEventsRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[worker_pb2.WatchKvEventsResponse]:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker publishes no KV events")
         yield worker_pb2.WatchKvEventsResponse()

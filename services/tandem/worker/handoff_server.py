@@ -126,7 +126,7 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
 
     # ---- gRPC -----------------------------------------------------------------------------------------------------
 
-    async def Handoff(  # type: ignore[override]
+    async def Handoff(
         self, request_iterator: _Requests, context: _Context
     ) -> AsyncIterator[handoff_pb2.HandoffResponse]:
         refusal = self._refusal(context)

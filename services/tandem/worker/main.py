@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from tandem.config import Config, Role
 from tandem.core.messages import handoff, requests
 from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
@@ -22,6 +24,8 @@ from tandem.rpc.convert_worker import worker_info
 from tandem.rpc.gen.handoff.v1.handoff_service_pb2_grpc import add_HandoffServiceServicer_to_server
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tandem.rpc.server import RpcServer
+from tandem.telemetry.exporter import Exporter
+from tandem.telemetry.worker import register_worker
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
 from tandem.worker.handoff_server import HandoffServer
@@ -41,6 +45,7 @@ class WorkerReady:
 
     address: str  # host:port of its gRPC services
     instance_id: bytes
+    metrics_port: int | None
     rank: RankReady
 
 
@@ -80,32 +85,34 @@ class _Worker:
         self._host = config.server.advertise_host or config.server.host
         self._failed: RankFailed | None = None
         self._rank: RankProcess | None = None
-        self._server = RpcServer(reflection=config.server.reflection)
+        self._server: RpcServer | None = None
+        self._registry = CollectorRegistry()
+        self._exporter: Exporter | None = None
         self._address = ""
-        self._frontend: Frontend
-        self._handoff_server: HandoffServer | None = None
-        self._handoff_client: HandoffClient | None = None
+        self._frontend = Frontend(self._send, self._starting_info())
+        self._handoff_server = HandoffServer(self._send, self._instance_id) if role == "prefill" else None
+        channels = PeerChannels(config.handoff.connect_seconds)
+        self._handoff_client = HandoffClient(self._send, channels) if role == "decode" else None
+        self._handlers = self._dispatch_table()
 
     async def start(self) -> None:
-        """Listen, not ready yet, and start the rank."""
-        config = self._config
-        port = self._server.listen(config.server.host, config.server.port)
-        self._address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
-        self._frontend = Frontend(self._send, self._starting_info(port))
+        """Start the rank's process, listen, not ready yet, and tell the rank who it is."""
+        self._rank = await RankProcess.spawn(self._receive)  # before gRPC has threads, which a fork does not like
+        config = self._config.server
+        self._server = RpcServer(reflection=config.reflection)
         self._server.add(add_WorkerServiceServicer_to_server, self._frontend, "tandem.worker.v1.WorkerService")
-        if self._role == "prefill":
-            self._handoff_server = HandoffServer(self._send, self._instance_id)
+        if self._handoff_server is not None:
             self._server.add(
                 add_HandoffServiceServicer_to_server, self._handoff_server, "tandem.handoff.v1.HandoffService"
             )
-        elif self._role == "decode":
-            self._handoff_client = HandoffClient(self._send, PeerChannels(config.handoff.connect_seconds))
-        self._handlers = self._dispatch_table()
+        port = self._server.listen(config.host, config.port)
+        self._address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
+        if config.metrics_port >= 0:
+            self._exporter = Exporter(self._registry, config.host, config.metrics_port)
         await self._server.start()
         self._frontend.start()
-        self._rank = await RankProcess.spawn(self._receive)
         self._rank.send(
-            StartRank(role=self._role, config=config, instance_id=self._instance_id, worker_host=self._host)
+            StartRank(role=self._role, config=self._config, instance_id=self._instance_id, worker_host=self._host)
         )
 
     async def run(self, stop: StopSignals) -> int:
@@ -125,13 +132,16 @@ class _Worker:
         clean = self._rank is not None and self._rank.exit_code.done() and not self._rank.exit_code.result()
         if self._handoff_client is not None:
             await self._handoff_client.close()
+        await self._frontend.close()
+        if self._server is not None:
+            await self._server.stop(STOP_SECONDS if clean else 0)
         if self._rank is not None:
-            await self._frontend.close()
             await self._rank.close()
-        await self._server.stop(STOP_SECONDS if clean else 0)
+        if self._exporter is not None:
+            self._exporter.close()
 
     async def _drain(self, stop: StopSignals) -> int:
-        assert self._rank is not None
+        assert self._rank is not None and self._server is not None
         grace = self._config.server.drain_seconds
         _logger.info("stopping: %d requests have %g s to end", self._frontend.num_requests, grace)
         await self._server.drain()
@@ -199,6 +209,7 @@ class _Worker:
         self._failed = failed
 
     def _became_ready(self, ready: RankReady) -> None:
+        assert self._server is not None
         info = worker_info(
             ready,
             worker_id=self._frontend.info.worker_id,
@@ -210,12 +221,29 @@ class _Worker:
         if self._handoff_server is not None:
             self._handoff_server.open_for(ready)
         self._serving = asyncio.create_task(self._server.set_ready(True))
+        self._export_metrics(ready)
         if self._on_ready is not None:
-            self._on_ready(WorkerReady(self._address, self._instance_id, ready))
+            metrics_port = self._exporter.port if self._exporter is not None else None
+            self._on_ready(WorkerReady(self._address, self._instance_id, metrics_port, ready))
 
-    def _starting_info(self, port: int) -> WorkerInfo:
+    def _export_metrics(self, ready: RankReady) -> None:
+        if self._exporter is None:
+            return
+        info = self._frontend.info
+        facts = {
+            "role": ready.role,
+            "loop": ready.loop,
+            "model": ready.model,
+            "dtype": ready.dtype,
+            "operators": ready.operators,
+            "fingerprint": ready.fingerprint,
+            "version": info.version,
+        }
+        register_worker(self._registry, lambda: self._frontend.load, facts=facts, transports=info.transports)
+
+    def _starting_info(self) -> WorkerInfo:
         return WorkerInfo(
-            worker_id=f"{socket.gethostname()}:{port}",
+            worker_id=f"{socket.gethostname()}/{self._role}-{self._instance_id[:3].hex()}",
             instance_id=self._instance_id,
             role=self._role,
             state="starting",

@@ -12,7 +12,9 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from tandem.config import ModelConfig
 from tandem.core.messages.plans import Plan, Row, Sample
 from tandem.core.messages.sampling import SamplingParams
 from tandem.core.messages.transfer import TransferReady
@@ -20,6 +22,7 @@ from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress
 from tandem.core.roles import Loop, select_loop
 from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
+from tandem.demo import MODEL_NAME
 from tandem.engine.device import Device
 from tandem.engine.start import Engine, start_engine
 from tandem.errors import ConfigError, TandemError
@@ -67,7 +70,7 @@ def _serve(start: StartRank, frontend: Channel) -> None:
     began = time.monotonic()
     progress = _progress_to(frontend)
     if start.role != "unified":
-        check_transport(start.config)
+        check_transport(start.config.transfer)
     engine = start_engine(start.config, progress)
     transfer = _Transfer()
     try:
@@ -184,7 +187,7 @@ def _ready(
     return RankReady(
         role=start.role,
         loop=loop.name,
-        model=start.config.model.served_name or start.config.model.path.rstrip("/").rpartition("/")[2],
+        model=_model_name(start.config.model),
         max_total_num_tokens=settings.max_total_num_tokens,
         max_req_input_len=settings.max_req_input_len,
         max_context_tokens=settings.max_context_tokens,
@@ -204,3 +207,10 @@ def _ready(
         transport_notes=transfer.notes if transfer is not None else (),
         startup_seconds=seconds,
     )
+
+
+def _model_name(model: ModelConfig) -> str:
+    """The name that clients use, as the gateway has it."""
+    if model.served_name:
+        return model.served_name
+    return MODEL_NAME if model.path == "demo" else Path(model.path).name or model.path

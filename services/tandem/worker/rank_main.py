@@ -5,24 +5,21 @@ FD is the rank's end of a Unix socket pair. The first message on it says who thi
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
 import select
 import signal
 import socket
 import sys
 
 from tandem.ipc import Channel, ChannelClosed
+from tandem.telemetry import logging
 from tandem.worker.messages import TO_FRONTEND, TO_RANK, StartRank
-
-_PR_SET_PDEATHSIG = 1
+from tandem.worker.parent_death import die_with
 
 
 def main() -> int:
     """Run the rank that the pipe describes; returns the exit code."""
     parent = int(sys.argv[2])
-    _die_with(parent)
+    die_with(parent, signal.SIGKILL)
     # A terminal's Ctrl-C and a supervisor's SIGTERM are the frontend's matter: it drains, then ends this process.
     # Handlers, not SIG_IGN, which the transfer process would inherit.
     signal.signal(signal.SIGINT, lambda number, frame: None)
@@ -32,19 +29,11 @@ def main() -> int:
         start = _first(channel)
     except ChannelClosed:
         return 0
-    logging.basicConfig(
-        level=start.config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    server = start.config.server
+    logging.set_up(server.log_level, server.log_format, program=f"{start.role}/rank0")
     from tandem.worker.rank import serve  # imports torch: after the signals and the parent are settled
 
     return serve(start, channel)
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        raise SystemExit(1)
 
 
 def _first(channel: Channel) -> StartRank:

@@ -1,0 +1,220 @@
+"""Speed of the TCP data plane against raw sockets, on loopback: prints GB/s and ratios.
+
+    python bench/transfer.py [--megabytes 256] [--rounds 7] [--connections 4]
+
+Raw: as many plain connections between two processes, contiguous memory, nothing checked. Ours: a real transfer
+process exports, pages lie scattered on both sides. "hashed": each end also hashes every page while they travel.
+The rows of a round run one after the other, and a ratio compares medians of one run: the machine's load cancels out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from tandem.config import HandoffConfig, TransferConfig
+from tandem.core.messages.transfer import Export, Exported, Pull, PullEnded, PullStatus, TransferReady
+from tandem.transfer.layout import KvLayout
+from tandem.transfer.memory import PoolMemory
+from tandem.transfer.pages import PageSpace
+from tandem.transfer.process import TransferProcess
+from tandem.transfer.pull_job import PullJob
+from tandem.transfer.self_test import scratch
+from tandem.transfer.tcp_importer import TcpImporter
+from tandem.transfer.tcp_stream import TcpSettings
+
+PAGE_BYTES = (32 << 10, 256 << 10, 2 << 20)
+PIECE_BYTES = 4 << 20
+HANDOFF, TOKEN = b"bench-handoff-id", b"bench-token-0000"
+GOALS = {"plain": 0.9, "hashed": 0.65}
+
+Outcome = TypeVar("Outcome")
+
+
+class RawSockets:
+    """A child that sends `num_bytes` / n on each of n connections whenever it reads a byte on it."""
+
+    def __init__(self, num_bytes: int, num_connections: int) -> None:
+        self._share = num_bytes // num_connections
+        self._target = np.zeros(num_bytes, dtype=np.uint8)
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        arguments = [sys.executable, __file__, "--raw-child", str(port), str(self._share), str(num_connections)]
+        self._child = subprocess.Popen(arguments)
+        self._sockets = [listener.accept()[0] for _ in range(num_connections)]
+        listener.close()
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self._receive, args=(index,)) for index in range(len(self._sockets))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _receive(self, index: int) -> None:
+        sock = self._sockets[index]
+        view = memoryview(self._target)[index * self._share : (index + 1) * self._share]
+        sock.sendall(b"x")
+        done = 0
+        while done < len(view):
+            done += sock.recv_into(view[done : done + PIECE_BYTES], 0, socket.MSG_WAITALL)
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+        self._child.wait(10)
+
+
+def raw_child(port: int, share: int, num_connections: int) -> None:
+    def send(sock: socket.socket) -> None:
+        view = memoryview(np.ones(share, dtype=np.uint8))
+        while sock.recv(1):
+            for begin in range(0, share, PIECE_BYTES):
+                sock.sendall(view[begin : begin + PIECE_BYTES])
+
+    sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(num_connections)]
+    threads = [threading.Thread(target=send, args=(sock,)) for sock in sockets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class OurTransfer:
+    """One exporting transfer process, and an importer in this process."""
+
+    def __init__(self, num_bytes: int, page_bytes: int, num_connections: int) -> None:
+        num_pages = num_bytes // page_bytes
+        self._pages = random.Random(1).sample(range(num_pages), num_pages)
+        self._targets = random.Random(2).sample(range(num_pages), num_pages)
+        layout = KvLayout(
+            num_pages=num_pages,
+            num_layers=1,
+            num_kv_heads=1,
+            page_tokens=1,
+            head_dim=page_bytes // 8,
+            dtype="float32",
+        )
+        self._memory = PoolMemory.create(layout.pool_bytes)
+        PageSpace(self._memory.view, page_bytes).rows[:] = np.arange(num_pages, dtype=np.uint32).astype(np.uint8)[
+            :, None
+        ]
+        config = TransferConfig(transport="tcp", connections=num_connections)
+        self._exporter = TransferProcess.spawn(config, HandoffConfig(), self._memory, layout, "127.0.0.1")
+        self._ready = self._wait(TransferReady)
+        self._space = scratch(num_pages, page_bytes)
+        self._space.rows[:] = 1  # touched, as a pool in use is
+        settings = TcpSettings(
+            connect_seconds=2.0, progress_seconds=10.0, idle_seconds=60.0, connections=num_connections
+        )
+        self._importer = TcpImporter(self._space, settings)
+        self._export()
+        self._checksums = self._wait(Exported).checksums
+
+    def plain(self) -> None:
+        verify, PullJob.verify = PullJob.verify, _accept  # type: ignore[method-assign]
+        try:
+            self._pull()
+        finally:
+            PullJob.verify = verify  # type: ignore[method-assign]
+
+    def hashed(self) -> None:
+        self._export()
+        self._pull()
+        self._wait(Exported)
+
+    def close(self) -> None:
+        self._importer.close()
+        self._exporter.stop()
+        self._memory.close()
+
+    def _export(self) -> None:
+        self._exporter.channel.send(Export(HANDOFF, 1, TOKEN, 0, tuple(self._pages)))
+        self._exporter.channel.flush()
+
+    def _pull(self) -> None:
+        ended: list[PullEnded] = []
+        is_over = threading.Event()
+        pull = Pull(
+            ticket=1,
+            endpoint=self._ready.endpoints[0],
+            handoff_id=HANDOFF,
+            attempt=1,
+            token=TOKEN,
+            ordinals=tuple(range(len(self._pages))),
+            checksums=self._checksums,
+            remote_pages=b"",
+            pages=tuple(self._targets),
+        )
+
+        def done(outcome: PullEnded) -> None:
+            ended.append(outcome)
+            is_over.set()
+
+        self._importer.pull(pull, done)
+        is_over.wait()
+        assert ended[0].status is PullStatus.DONE, ended[0]
+
+    def _wait(self, kind: type[Outcome]) -> Outcome:
+        os.set_blocking(self._exporter.channel.fileno(), True)
+        while True:
+            for outcome in self._exporter.channel.receive():
+                if isinstance(outcome, kind):
+                    return outcome
+
+
+def _accept(job: PullJob, begin: int, end: int) -> None:
+    job._verdicts[begin:end] = 1
+
+
+def rate(run: Callable[[], None], num_bytes: int) -> float:
+    start = time.perf_counter()
+    run()
+    return num_bytes / (time.perf_counter() - start) / 1e9
+
+
+def measure(page_bytes: int, num_bytes: int, num_rounds: int, num_connections: int) -> None:
+    raw, ours = RawSockets(num_bytes, num_connections), OurTransfer(num_bytes, page_bytes, num_connections)
+    rates: dict[str, list[float]] = {"raw": [], "plain": [], "hashed": []}
+    runs = {"raw": raw.run, "plain": ours.plain, "hashed": ours.hashed}
+    for round_number in range(num_rounds + 1):
+        for name, run in runs.items():
+            speed = rate(run, num_bytes)
+            if round_number:  # the first one warms up
+                rates[name].append(speed)
+    medians = {name: statistics.median(speeds) for name, speeds in rates.items()}
+    cells = [f"raw {medians['raw']:5.2f} GB/s"]
+    for name, goal in GOALS.items():
+        ratio = medians[name] / medians["raw"]
+        cells.append(f"{name} {medians[name]:5.2f} GB/s  ratio {ratio:4.2f} (goal {goal})")
+    print(f"{page_bytes >> 10:5d} KiB pages   " + "   ".join(cells), flush=True)
+    raw.close()
+    ours.close()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--raw-child"]:
+        raw_child(*(int(argument) for argument in sys.argv[2:]))
+        return
+    parser = argparse.ArgumentParser(description="Speed of the TCP data plane against raw sockets.")
+    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--connections", type=int, default=4)
+    options = parser.parse_args()
+    for page_bytes in PAGE_BYTES:
+        measure(page_bytes, options.megabytes << 20, options.rounds, options.connections)
+
+
+if __name__ == "__main__":
+    main()

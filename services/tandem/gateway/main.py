@@ -1,0 +1,56 @@
+"""The gateway program. Not here: what it is made of (`server`), reading the configuration (`tandem.cli`)."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+from collections.abc import Callable
+
+import uvloop
+
+from tandem.config import Config
+from tandem.gateway.server import Gateway
+from tandem.telemetry.logging import set_up
+
+_logger = logging.getLogger(__name__)
+
+
+async def serve(config: Config, ready: Callable[[str], None] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return 0; `ready(address)` is called once calls are answered.
+
+    Raises ConfigError before anything is served. A second signal cuts the drain short.
+    """
+    stopping = asyncio.Event()
+    hurrying = asyncio.Event()
+
+    def signalled() -> None:
+        (hurrying if stopping.is_set() else stopping).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    gateway = await Gateway.create(config)
+    address = await gateway.start()
+    _logger.info("gateway serves", extra={"fields": {"address": address, "metrics_port": gateway.metrics_port}})
+    gc.collect()
+    gc.freeze()  # what is here stays: later collections need not look at it
+    if ready is not None:
+        ready(address)
+    await stopping.wait()
+    _logger.info("gateway drains", extra={"fields": {"inflight": gateway.admission.inflight}})
+    drain = asyncio.create_task(gateway.stop(config.server.drain_seconds))
+    hurry = asyncio.create_task(hurrying.wait())
+    await asyncio.wait((drain, hurry), return_when=asyncio.FIRST_COMPLETED)
+    if not drain.done():
+        await gateway.hurry()
+    hurry.cancel()
+    await drain
+    return 0
+
+
+def main(config: Config) -> int:
+    """Run the program: logging, uvloop, `serve`."""
+    set_up(config.server.log_level, config.server.log_format, program="gateway")
+    return uvloop.run(serve(config))

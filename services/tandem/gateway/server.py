@@ -1,0 +1,120 @@
+"""The gateway put together: tokenizer, fleet, dispatch, the gRPC server, metrics. `main` runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+
+from prometheus_client import CollectorRegistry
+
+from tandem.config import Config
+from tandem.errors import ConfigError, InvalidRequest
+from tandem.gateway.admission import Admission
+from tandem.gateway.dispatch import Dispatcher
+from tandem.gateway.fleet import Fleet
+from tandem.gateway.frontend import InferenceServicer
+from tandem.gateway.model_files import ModelFiles, load_model_files
+from tandem.gateway.preparation import Preparation
+from tandem.gateway.tokenizer import Tokenizer
+from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
+from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
+from tandem.rpc.options import GATEWAY_MESSAGE_BYTES
+from tandem.rpc.server import RpcServer
+from tandem.telemetry.exporter import Exporter
+from tandem.telemetry.gateway import GatewayMetrics
+
+_logger = logging.getLogger(__name__)
+SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+STOP_SECONDS = 5.0  # what cancelled handlers have to end in, after the drain
+
+
+class Gateway:
+    """One gateway process. Build it inside the running loop with `create`; `start`, then `stop`."""
+
+    def __init__(self, config: Config, files: ModelFiles, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._registry = CollectorRegistry()
+        self._exporter: Exporter | None = None
+        self._changed = asyncio.Event()
+        self._health_task: asyncio.Task[None] | None = None
+        self.fleet = Fleet(
+            (*config.gateway.prefill, *config.gateway.decode),
+            gateway_id=uuid.uuid4().hex,
+            on_change=self._changed.set,
+        )
+        self.admission = Admission(config.gateway.max_inflight_requests)
+        self._server = RpcServer(max_message_bytes=GATEWAY_MESSAGE_BYTES, reflection=config.server.reflection)
+        metrics = GatewayMetrics(self._registry)
+        metrics.watch(inflight=lambda: self.admission.inflight, ready_workers=self.fleet.count_ready)
+        servicer = InferenceServicer(
+            preparation=_preparation(config, files, tokenizer, self.fleet),
+            tokenizer=tokenizer,
+            fleet=self.fleet,
+            dispatcher=Dispatcher(
+                self.fleet,
+                max_prefill_peers=config.gateway.prefill_peers,
+                stream_buffer_tokens=config.gateway.stream_buffer_tokens,
+            ),
+            admission=self.admission,
+            metrics=metrics,
+            max_prompt_bytes=config.gateway.max_prompt_bytes,
+            request_seconds_max=config.gateway.request_seconds_max,
+        )
+        self._server.add(pb_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE)
+
+    @classmethod
+    async def create(cls, config: Config) -> Gateway:
+        """Load the model's small files, off the loop: they may have to be downloaded. Raises ConfigError."""
+        loop = asyncio.get_running_loop()
+        files = await loop.run_in_executor(None, load_model_files, config.model)
+        tokenizer = await loop.run_in_executor(None, Tokenizer, files)
+        return cls(config, files, tokenizer)
+
+    @property
+    def metrics_port(self) -> int | None:
+        return self._exporter.port if self._exporter is not None else None
+
+    async def start(self) -> str:
+        """Serve, and return the address; health is NOT_SERVING until a worker is ready. Raises ConfigError."""
+        server = self._config.server
+        port = self._server.listen(server.host, server.port)
+        if server.metrics_port >= 0:
+            self._exporter = Exporter(self._registry, server.host, server.metrics_port)
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._follow_health(), name="gateway health")
+        self.fleet.start()
+        return f"{server.advertise_host or server.host}:{port}"
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Take no new work, finish streams for at most `drain_seconds`, then leave nothing behind."""
+        try:
+            await asyncio.wait_for(self._server.stop(drain_seconds), drain_seconds + STOP_SECONDS)
+        except TimeoutError:
+            _logger.error("%d requests did not end when cancelled", self.admission.inflight)
+        if self._health_task is not None:
+            self._health_task.cancel()
+        await self.fleet.close()
+        self._tokenizer.close()
+        if self._exporter is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
+
+    async def hurry(self) -> None:
+        """Cut a `stop` short: what still streams is cancelled."""
+        await self._server.stop(0)
+
+    async def _follow_health(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._server.set_ready(self.fleet.serves)
+
+
+def _preparation(config: Config, files: ModelFiles, tokenizer: Tokenizer, fleet: Fleet) -> Preparation:
+    try:
+        return Preparation(
+            files, tokenizer, limits=lambda: fleet.limits, max_prompt_bytes=config.gateway.max_prompt_bytes
+        )
+    except InvalidRequest as error:
+        raise ConfigError(f"model.path: generation_config.json of {files.folder}: {error.message}") from error

@@ -1,0 +1,120 @@
+"""Pulls pages over a one-sided transport: a landing link a peer, and a watch over pulls that stand still."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.errors import TransportError
+from tandem.transfer.contract import PullDone
+from tandem.transfer.iovec import Runs
+from tandem.transfer.landing_link import LandingLink
+from tandem.transfer.one_sided import OneSidedAddress, ReadEngine
+from tandem.transfer.pages import PageSpace
+from tandem.transfer.pull_job import PullJob
+from tandem.transfer.tcp_stream import TcpSettings
+
+MAX_LINKS = 64  # each has an engine and a ring
+_WATCHES_OF_TIMEOUT = 8
+_CLOSE_SECONDS = 5.0
+
+
+class LandingImporter:
+    """Reads into `space` through slots of its own. At most MAX_LINKS engines at once; a pull that needs more fails."""
+
+    def __init__(
+        self, space: PageSpace, transport: str, new_engine: Callable[[], ReadEngine], settings: TcpSettings
+    ) -> None:
+        self._space = space
+        self._transport = transport
+        self._new_engine = new_engine
+        self._settings = settings
+        self._changed = threading.Condition()
+        self._links: dict[tuple[str, bytes], LandingLink] = {}
+        self._all_links: set[LandingLink] = set()  # with those that drain
+        self._jobs: dict[int, tuple[PullJob, LandingLink]] = {}
+        self._is_closed = False
+        self._watcher = threading.Thread(target=self._watch, name="kv-watch", daemon=True)
+        self._watcher.start()
+
+    def pull(self, pull: Pull, done: PullDone) -> None:
+        job = PullJob(pull, self._space, self._transport, lambda ended: self._ended(ended, done))
+        job.hold()
+        try:
+            self._assign(job, self._remote_runs(pull))
+        except TransportError as error:
+            job.break_off(PullStatus.FAILED, error.message)
+            job.let_go()
+
+    def cancel(self, ticket: int) -> None:
+        with self._changed:
+            job, link = self._jobs.get(ticket, (None, None))
+        if job is not None and link is not None:
+            link.break_off(job, PullStatus.CANCELLED, "cancelled")
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            links = list(self._all_links)
+            self._changed.notify()
+        for link in links:
+            link.close(_CLOSE_SECONDS)
+        self._watcher.join(_CLOSE_SECONDS)
+
+    def _remote_runs(self, pull: Pull) -> Runs:
+        address = OneSidedAddress.decode(pull.endpoint.address)
+        numbers = np.frombuffer(pull.remote_pages, dtype="<u4").astype(np.uint64)
+        if len(numbers) != len(pull.pages):
+            raise TransportError("the exporter announced no page numbers")
+        page_bytes = self._space.page_bytes
+        return Runs(np.uint64(address.pool) + numbers * np.uint64(page_bytes), page_bytes)
+
+    def _assign(self, job: PullJob, remote: Runs) -> None:
+        """Give a pull to its peer's link, a new one if the present one drains. Raises TransportError."""
+        endpoint = job.pull.endpoint
+        key = (endpoint.address, endpoint.instance_id)
+        with self._changed:
+            link = self._links.get(key)
+            if link is not None:
+                self._jobs[job.pull.ticket] = (job, link)
+                if link.pull(job, remote):
+                    return
+            if len(self._all_links) >= MAX_LINKS or self._is_closed:
+                self._jobs.pop(job.pull.ticket, None)
+                raise TransportError(f"already {len(self._all_links)} engines")
+            link = LandingLink(endpoint, self._new_engine, self._settings, self._forget)
+            self._links[key] = link
+            self._all_links.add(link)
+            self._jobs[job.pull.ticket] = (job, link)
+            link.pull(job, remote)
+            link.start()
+            self._changed.notify()
+
+    def _ended(self, ended: PullEnded, done: PullDone) -> None:
+        with self._changed:
+            self._jobs.pop(ended.ticket, None)
+        done(ended)
+
+    def _forget(self, link: LandingLink) -> None:
+        with self._changed:
+            self._all_links.discard(link)
+            key = (link.endpoint.address, link.endpoint.instance_id)
+            if self._links.get(key) is link:
+                del self._links[key]
+
+    def _watch(self) -> None:
+        """Break off what stands still, also while an engine blocks its thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_closed)
+                if self._is_closed:
+                    return
+                self._changed.wait_for(lambda: self._is_closed, self._settings.progress_seconds / _WATCHES_OF_TIMEOUT)
+                links = list(self._all_links)
+            now = time.monotonic()
+            for link in links:
+                link.expire(now)

@@ -1,0 +1,65 @@
+"""What an answer must be: transformers on the same checkpoint, fed the answer's own tokens (teacher forcing).
+
+One forward pass checks a whole greedy answer. A token counts as right if its logit is within TIE of the largest, so
+that no verdict rests on a near-tie.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tandem.demo import model_path
+from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
+from tests.engine.checkpoints import Variant, write_checkpoint
+
+VOCABULARY = 4096
+CONTEXT = 4096
+EOS = VOCABULARY - 1
+TIE = 1e-3
+
+
+def make_checkpoint(folder: Path) -> Any:
+    """Write a tiny random checkpoint with a real tokenizer; return the transformers model of the same weights."""
+    variant = Variant("e2e", "LlamaConfig", {"max_position_embeddings": CONTEXT}, published=True)
+    model = write_checkpoint(
+        variant, folder, seed=11, vocab_size=VOCABULARY, eos_token_id=EOS, hidden_size=64, num_hidden_layers=4
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_path() / name, folder / name)
+    return model
+
+
+class Oracle:
+    """Judges greedy answers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def check(self, prompt: list[int], output: list[int], max_tokens: int) -> None:
+        """Fail unless `output` is the greedy continuation, ended by EOS or by length."""
+        assert 0 < len(output) <= max_tokens
+        assert len(output) == max_tokens or output[-1] == EOS, f"{len(output)} tokens, {max_tokens} asked for"
+        with torch.no_grad():
+            logits = self._model(torch.tensor([prompt + output[:-1]])).logits[0, len(prompt) - 1 :].float()
+        chosen = logits[torch.arange(len(output)), torch.tensor(output)]
+        behind = logits.max(dim=-1).values - chosen
+        worst = int(behind.argmax())
+        assert float(behind[worst]) <= TIE, f"token {worst} of {output} is {float(behind[worst])} behind the best"
+
+
+def random_prompt(source: random.Random, length: int) -> list[int]:
+    return [source.randrange(VOCABULARY - 200) for _ in range(length)]
+
+
+def greedy(prompt: list[int], max_tokens: int) -> pb.GenerateRequest:
+    """Return a greedy request in token ids, out and in."""
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=prompt),
+        sampling=pb.SamplingParams(temperature=0.0, max_tokens=max_tokens),
+        output=pb.OutputOptions(return_token_ids=True, no_text=True, return_timing=True),
+    )

@@ -1,0 +1,112 @@
+"""Starting an engine: what it says about itself, what it refuses, and that it serves the demo model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tandem.config import CacheConfig, Config, ModelConfig
+from tandem.engine import start as start_module
+from tandem.engine.pool import host_pool, sized_layout
+from tandem.engine.start import start_engine
+from tandem.errors import ConfigError
+from tandem.transfer.layout import KvLayout
+from tandem.transfer.memory import PoolMemory
+from tests.engine.checkpoints import VARIANTS, VOCABULARY, edit_json, write_checkpoint
+from tests.engine.conftest import EngineStarter
+from tests.engine.driver import PlanDriver
+
+QWEN2 = next(variant for variant in VARIANTS if variant.name == "qwen2")
+PAGE = KvLayout(num_pages=1, num_layers=2, num_kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
+
+
+def test_what_an_engine_says(tmp_path: Path, start: EngineStarter) -> None:
+    write_checkpoint(QWEN2, tmp_path, num_hidden_layers=2)
+    engine = start(tmp_path, pool_bytes=1 << 20, page_tokens=8)
+    assert engine.layout.page_shape == (2, 2, 2, 8, 12)
+    assert engine.layout.num_pages == (1 << 20) // engine.layout.page_bytes
+    assert engine.memory.size_bytes == engine.layout.pool_bytes
+    assert engine.spec.vocab_size == VOCABULARY
+    assert engine.spec.eos_token_ids == (VOCABULARY - 1,)
+    assert engine.spec.max_context_tokens == 256
+    assert (engine.numerics, engine.operators) == ("", "reference")
+    assert engine.device.unresolved == 0
+    assert not any(engine.memory.view.tobytes()), "the warm-up has left something in the pool"
+
+
+def test_fingerprints(tmp_path: Path, start: EngineStarter) -> None:
+    """Equal for one model wherever it lies and however much memory there is; different for all that makes KV differ."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_checkpoint(QWEN2, tmp_path / name, seed=seed)
+    reference = start(tmp_path / "a").fingerprint
+    assert start(tmp_path / "b", pool_bytes=1 << 19, max_context_tokens=100).fingerprint == reference
+    assert start(tmp_path / "c").fingerprint != reference
+    assert start(tmp_path / "a", page_tokens=16).fingerprint != reference
+    assert start(tmp_path / "a", dtype="bfloat16").fingerprint != reference
+    edit_json(tmp_path / "b" / "config.json", lambda config: config.update(eos_token_id=3))
+    assert start(tmp_path / "b").fingerprint == reference
+    edit_json(tmp_path / "b" / "config.json", lambda config: config.update(rope_theta=5e5))
+    assert start(tmp_path / "b").fingerprint != reference
+
+
+def test_context_cut(tmp_path: Path, start: EngineStarter) -> None:
+    write_checkpoint(QWEN2, tmp_path)
+    assert start(tmp_path, max_context_tokens=100).spec.max_context_tokens == 100
+    with pytest.raises(ConfigError, match=r"max_context_tokens: 1000 asked for, the model's context is 256"):
+        start(tmp_path, max_context_tokens=1000)
+
+
+def test_pool_that_is_too_small(tmp_path: Path, start: EngineStarter) -> None:
+    write_checkpoint(QWEN2, tmp_path)
+    with pytest.raises(ConfigError, match=r"cache.pool_bytes: a KV pool of 1000 bytes holds 0 pages"):
+        start(tmp_path, pool_bytes=1000)
+
+
+def test_pool_sizes() -> None:
+    assert sized_layout(PAGE, CacheConfig(pool_bytes=PAGE.page_bytes * 5 + 1), 0).num_pages == 5
+    share = CacheConfig(memory_fraction=0.5, pool_bytes_max=1 << 40)
+    assert sized_layout(PAGE, share, PAGE.page_bytes * 20).num_pages == 10
+    bounded = CacheConfig(memory_fraction=0.5, pool_bytes_max=PAGE.page_bytes * 6)
+    assert sized_layout(PAGE, bounded, PAGE.page_bytes * 1000).num_pages == 6
+    with pytest.raises(ConfigError, match=r"cache.memory_fraction of the free memory: .* holds 3 pages"):
+        sized_layout(PAGE, share, PAGE.page_bytes * 7)
+
+
+def test_pool_view_is_the_shared_memory() -> None:
+    layout = sized_layout(PAGE, CacheConfig(pool_bytes=PAGE.page_bytes * 4), 0)
+    memory = PoolMemory.create(layout.pool_bytes)
+    pool = host_pool(memory, layout)
+    pool[2] = torch.arange(pool[2].numel(), dtype=torch.float32).view(pool[2].shape)
+    page = memory.view[2 * layout.page_bytes : 3 * layout.page_bytes].cast("f")
+    assert page.tolist() == list(range(layout.page_bytes // 4))
+    memory.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device() -> None:
+    with pytest.raises(ConfigError, match="torch finds no CUDA device"):
+        start_engine(Config(model=ModelConfig(device="cuda")), lambda _: None)
+
+
+def test_threads_follow_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(QWEN2, tmp_path)
+    monkeypatch.setattr(start_module, "usable_cpus", lambda: 1)
+    counts: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    engine = start_engine(
+        Config(model=ModelConfig(path=str(tmp_path), device="cpu"), cache=CacheConfig(pool_bytes=1 << 19)),
+        lambda _: None,
+    )
+    engine.device.close()
+    assert counts == [1, 1]  # this process's, and the compute thread's own
+
+
+def test_demo_model(start: EngineStarter) -> None:
+    engine = start("demo", page_tokens=16)
+    driver = PlanDriver(engine.device, num_pages=engine.layout.num_pages, page_tokens=16)
+    request = driver.start((5, 6, 7), 10)
+    driver.generate([request], 10, chunk_max=3)
+    assert len(request.output) == 10
+    assert all(0 <= token < engine.spec.vocab_size for token in request.output)
