@@ -70,6 +70,7 @@ class TransferConfig:
     strict: bool = setting(False, "refuse instead of falling back to plain TCP")
     host: str = setting("", "address that peers reach the KV port at; empty: the worker's own host")
     port: int = setting(0, "KV port of the TCP transport; 0: any free port", low=0, high=65535)
+    advertise_address: str = setting("", "host:port that peers are told for it, behind NAT; empty: where it listens")
     connections: int = setting(2, "TCP connections to one peer", low=1, high=16)
     idle_seconds: float = setting(60.0, "an unused connection is closed after this long", low=1.0)
     mooncake_devices: str = setting("", "RDMA devices, comma separated; empty: all")

@@ -124,7 +124,7 @@ def wait_serving(address: str, seconds: float = 20.0) -> None:
     """Wait until the program's health service says SERVING."""
     deadline = time.monotonic() + seconds
     with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         while (
             stub.Check(health_pb2.HealthCheckRequest(), timeout=seconds).status
             != health_pb2.HealthCheckResponse.SERVING

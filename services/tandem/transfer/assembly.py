@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import TransferOutcome, TransferReady, TransportFallback
@@ -93,7 +93,8 @@ class Assembly:
         except TransportError as error:
             parts.notes.append(f"{TCP} is not offered: {error.message}")
             return
-        parts.endpoints.append(exporter.endpoint)
+        told = self._launch.transfer.advertise_address or exporter.endpoint.address
+        parts.endpoints.append(replace(exporter.endpoint, address=told))
         parts.importers[TCP] = TcpImporter(self._space, self._settings)
 
     def _add_mooncake(self, control: str, choice: Choice, parts: _Parts) -> None:

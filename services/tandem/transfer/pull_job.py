@@ -90,4 +90,3 @@ class Part:
     job: PullJob
     begin: int
     end: int
-    is_retry: bool = False

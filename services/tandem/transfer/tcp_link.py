@@ -89,14 +89,20 @@ class TcpLink:
 
     def _run(self) -> None:
         stream: Stream | None = None
+        is_fresh = True
         while self._wait_for_work():
-            if stream is None and (stream := self._connect()) is None:
-                if self._leave_to_others():
-                    break
-                continue
-            if (part := self._take(stream)) is not None and not self._finish(part, stream):
-                self._disconnect(stream)
-                stream = None
+            if stream is None:
+                is_fresh = True
+                stream = self._connect()
+                if stream is None:
+                    if self._leave_to_others():
+                        break
+                    continue
+            if (part := self._take(stream)) is not None:
+                if not self._finish(part, stream, is_fresh):
+                    self._disconnect(stream)
+                    stream = None
+                is_fresh = False
         if stream is not None:
             self._disconnect(stream)
         if self.is_idle:
@@ -146,8 +152,11 @@ class TcpLink:
             self._active[part] = stream
             return part
 
-    def _finish(self, part: Part, stream: Stream) -> bool:
-        """Read one part and let its job go; False if the connection is no good any more."""
+    def _finish(self, part: Part, stream: Stream, is_fresh: bool) -> bool:
+        """Read one part and let its job go; False if the connection is no good any more.
+
+        A connection from the pool may have been closed by the exporter: then the part waits for another one.
+        """
         failure: tuple[PullStatus, str] | None = None
         is_usable, is_again = True, False
         reading = _PartReader(part, stream, next(self._sequence) & 0xFFFFFFFF)
@@ -157,7 +166,7 @@ class TcpLink:
             failure = (PullStatus.REFUSED, error.message)
         except (OSError, TransportError) as error:
             is_usable = False
-            is_again = not reading.has_begun and not part.is_retry and not isinstance(error, (PeerStuck, ProtocolError))
+            is_again = not is_fresh and not reading.has_begun and isinstance(error, OSError)
             failure = (PullStatus.FAILED, f"{self.endpoint.address}: {error}")
             if isinstance(error, PeerStuck):
                 self._note_stuck(str(error))
@@ -165,7 +174,6 @@ class TcpLink:
             del self._active[part]
             is_usable = is_usable and not part.job.is_broken_off  # else it was cut
             if is_again and not part.job.is_broken_off and not self._is_closed:
-                part.is_retry = True  # the exporter had closed the pooled connection
                 self._queue.appendleft(part)
                 return False
         if failure is not None:
