@@ -4,7 +4,7 @@
 
 Raw: as many plain connections between two processes, contiguous memory, nothing checked. Ours: a real transfer
 process exports, pages lie scattered on both sides. "hashed": each end also hashes every page while they travel.
-The rows of a round run one after the other, and a ratio compares medians of one run: the machine's load cancels out.
+The three run one after the other in each round; a ratio is the median of the rounds' ratios, so load cancels out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RawSockets:
 
     def _receive(self, index: int) -> None:
         sock = self._sockets[index]
-        view = memoryview(self._target)[index * self._share : (index + 1) * self._share]
+        view = self._target.data[index * self._share : (index + 1) * self._share]
         sock.sendall(b"x")
         done = 0
         while done < len(view):
@@ -78,7 +78,7 @@ class RawSockets:
 
 def raw_child(port: int, share: int, num_connections: int) -> None:
     def send(sock: socket.socket) -> None:
-        view = memoryview(np.ones(share, dtype=np.uint8))
+        view = np.ones(share, dtype=np.uint8).data
         while sock.recv(1):
             for begin in range(0, share, PIECE_BYTES):
                 sock.sendall(view[begin : begin + PIECE_BYTES])
@@ -123,7 +123,7 @@ class OurTransfer:
         self._checksums = self._wait(Exported).checksums
 
     def plain(self) -> None:
-        verify, PullJob.verify = PullJob.verify, _accept  # type: ignore[method-assign]
+        verify, PullJob.verify = PullJob.verify, _accept  # type: ignore[method-assign, assignment]
         try:
             self._pull()
         finally:
@@ -185,22 +185,21 @@ def rate(run: Callable[[], None], num_bytes: int) -> float:
 
 
 def measure(page_bytes: int, num_bytes: int, num_rounds: int, num_connections: int) -> None:
-    raw, ours = RawSockets(num_bytes, num_connections), OurTransfer(num_bytes, page_bytes, num_connections)
+    raw_sockets, transfer = RawSockets(num_bytes, num_connections), OurTransfer(num_bytes, page_bytes, num_connections)
     rates: dict[str, list[float]] = {"raw": [], "plain": [], "hashed": []}
-    runs = {"raw": raw.run, "plain": ours.plain, "hashed": ours.hashed}
+    runs = {"raw": raw_sockets.run, "plain": transfer.plain, "hashed": transfer.hashed}
     for round_number in range(num_rounds + 1):
         for name, run in runs.items():
             speed = rate(run, num_bytes)
             if round_number:  # the first one warms up
                 rates[name].append(speed)
-    medians = {name: statistics.median(speeds) for name, speeds in rates.items()}
-    cells = [f"raw {medians['raw']:5.2f} GB/s"]
+    cells = [f"raw {statistics.median(rates['raw']):5.2f} GB/s"]
     for name, goal in GOALS.items():
-        ratio = medians[name] / medians["raw"]
-        cells.append(f"{name} {medians[name]:5.2f} GB/s  ratio {ratio:4.2f} (goal {goal})")
+        ratio = statistics.median(ours / raw for ours, raw in zip(rates[name], rates["raw"], strict=True))
+        cells.append(f"{name} {statistics.median(rates[name]):5.2f} GB/s  ratio {ratio:4.2f} (goal {goal})")
     print(f"{page_bytes >> 10:5d} KiB pages   " + "   ".join(cells), flush=True)
-    raw.close()
-    ours.close()
+    raw_sockets.close()
+    transfer.close()
 
 
 def main() -> None:

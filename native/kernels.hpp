@@ -84,7 +84,7 @@ struct EmbeddingTask {
     const void* table;  // [vocabulary, width]
     PackedShape packed; // panels == 0: the table is plain
     Element element;
-    std::int64_t vocabulary, width;
+    std::int64_t width;
     const std::int64_t* token_ids;
     float* outputs;
     std::int64_t rows, rows_per_task;
@@ -94,7 +94,7 @@ struct EmbeddingTask {
 struct Pool {
     void* data;
     Element element;
-    std::int64_t pages, layers, kv_heads, page_tokens, head_dim;
+    std::int64_t layers, kv_heads, page_tokens, head_dim;
 };
 
 struct Heads {

@@ -34,6 +34,7 @@ PROGRAM_SECTIONS: dict[Program, tuple[str, ...]] = {
     "decode": _WORKER_SECTIONS,
     "unified": ("model", "scheduler", "cache", "server"),
 }
+_WILDCARDS = ("0.0.0.0", "::", "")
 SHORT_FLAGS = {
     "model": "model.path",
     "loop": "scheduler.loop",
@@ -214,6 +215,8 @@ def _check_together(program: Program, config: Config) -> list[str]:
         faults += [f"gateway.{key}: {a!r} is not host:port" for a in addresses if not _is_address(a)]
     if program == "gateway" and not config.gateway.decode:
         faults.append("gateway.decode: name at least one decode or unified worker, host:port")
+    if program in ("prefill", "decode") and config.server.host in _WILDCARDS and not config.server.advertise_host:
+        faults.append(f"server.advertise_host: say where others reach this worker; server.host is {config.server.host}")
     return faults
 
 

@@ -17,6 +17,7 @@ from tandem.core.messages.handoff import (
     Sharding,
     StreamLost,
 )
+from tandem.core.messages.plans import Row
 from tandem.core.messages.sampling import SamplingParams
 from tandem.core.messages.transfer import Export as ExportPages
 from tandem.core.messages.transfer import Exported, Revoke, Revoked, TransferReady
@@ -40,7 +41,15 @@ class ExportRig(Rig):
             self.transfer_ready()
 
     def send(self, event: object) -> list[object]:
-        effects = super().send(event)
+        return self._answered(super().send(event))
+
+    def plan(self) -> tuple[Row, ...]:
+        before = len(self.heard)
+        rows = super().plan()
+        self._answered(self.heard[before:])
+        return rows
+
+    def _answered(self, effects: list[object]) -> list[object]:
         for effect in list(effects):
             if self.answers and isinstance(effect, ExportPages):
                 effects += self.exported(effect)
@@ -94,11 +103,11 @@ class ExportRig(Rig):
         return self.send(StreamLost(stream))
 
     def compute(self) -> list[object]:
-        """Run the device until nothing is left to compute."""
-        effects: list[object] = []
-        while self.plan():
-            effects += self.resolve()
-        return effects
+        """Run the device until nothing is left to compute. A plan that took a lease is followed by another."""
+        before = len(self.heard)
+        while self.plan() or self.plan():
+            self.resolve()
+        return self.heard[before:]
 
     def export(self, number: int) -> Export:
         exporter = self.scheduler._exporter

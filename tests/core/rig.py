@@ -107,13 +107,17 @@ class Rig:
     # ---- device ---------------------------------------------------------------------------------------------------
 
     def plan(self) -> tuple[Row, ...]:
-        """Plan and launch; return the rows, none if there is nothing to do."""
+        """Plan and launch; return the rows, none if there is nothing to do. Effects are in `heard`."""
         plan = self.scheduler.plan(self.now)
-        self._verify()
+        self._collect()
         if plan is None:
             return ()
+        written: list[int] = []
         for row in plan.rows:
             _check_row(row, self.settings.page_tokens)
+            assert self.request(row.request_id).page_table == row.pages, "a row of somebody who has lost its pages"
+            written += row.pages[row.start // self.settings.page_tokens :]
+        assert len(set(written)) == len(written), "two rows write to one page"
         self.in_flight.append(plan)
         return plan.rows
 
@@ -129,14 +133,11 @@ class Rig:
 
     def run(self, num_steps: int = 500) -> list[object]:
         """Step until nothing is left to plan; return all effects."""
-        effects: list[object] = self.scheduler.drain_effects()
+        before = len(self.heard)
         for _ in range(num_steps):
-            if self.in_flight:
-                effects += self.resolve()
-            elif self.plan():
-                effects += self.resolve()
-            else:
-                return effects
+            if not self.in_flight and not self.plan():
+                return self.heard[before:]
+            self.resolve()
         raise AssertionError(f"not at rest after {num_steps} steps")
 
     def _result(self, row: Row) -> RowResult:
@@ -157,11 +158,11 @@ class Rig:
 
     def outputs(self, request_id: int) -> list[int]:
         """Return the output that the client has heard."""
+        messages = [message for message in of_type(self.heard, Tokens) if message.request_id == request_id]
         found: list[int] = []
-        for message in of_type(self.heard, Tokens):
-            if message.request_id == request_id:
-                assert message.first_index == len(found) or not found
-                found.extend(message.token_ids)
+        for message in messages:
+            assert message.first_index == messages[0].first_index + len(found), "a token is missing, or comes twice"
+            found.extend(message.token_ids)
         return found
 
     def ended(self, request_id: int) -> Ended:

@@ -42,6 +42,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.live: list[Request] = []
         self.dated: dict[int, int] = {}
         self.tick = 0
+        self.private: list[Request] = []
 
     # ---- the model ------------------------------------------------------------------------------------------------
 
@@ -85,7 +86,8 @@ class CacheMachine(RuleBasedStateMachine):
         fresh = self.kv.allocate(need)
         if fresh is None:
             assert need > self.num_free() + unheld, "pages were to be had"
-            self.end_of(request)
+            self.live.remove(request)
+            self.kv.detach_prefix(request)  # unused: its place in the order of eviction stays
             return
         while self.num_free() < need:
             assert self.evict_one()
@@ -100,8 +102,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.kv.publish(request)
         for index in range(request.num_computed // SIZE):
             prefix = request.salt, tuple(request.tokens[: (index + 1) * SIZE])
-            if self.model.setdefault(prefix, request.pages[index]) != request.pages[index]:
-                return  # somebody else's page: the rest of this path stays private
+            if request in self.private or self.model.setdefault(prefix, request.pages[index]) != request.pages[index]:
+                self.private.append(request)  # somebody else's page: the rest of this path stays private for good
+                return
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

@@ -143,7 +143,7 @@ def test_double_release_asserts_with_the_history() -> None:
     pages = pool.allocate(1)
     assert pages is not None
     pool.release(pages)
-    with pytest.raises(AssertionError, match="released twice.*allocated@0.*released@0"):
+    with pytest.raises(AssertionError, match=r"released twice.*allocated@0.*released@0"):
         pool.release(pages)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def pictured() -> dict[State, set[State]]:
     table: dict[State, set[State]] = {state: set() for state in State}
     for match in _ARROW.finditer(section):
         steps = match.group(1).replace("(-> EXTENDING)*", "-> EXTENDING").split(" -> ")
-        for left, right in zip(steps, steps[1:], strict=False):
+        for left, right in pairwise(steps):
             sources = [s for s in State if s is not State.FINISHED] if left == "any" else named(left)
             for source in sources:
                 table[source].add(State[right.strip()])

@@ -53,7 +53,13 @@ async def running(
     )
     server = await Gateway.create(config)
     address = await server.start()
-    options = [("grpc.max_send_message_length", 64 << 20), ("grpc.use_local_subchannel_pool", 1)]
+    # A window that does not grow: a client that does not read is noticed after 64 KiB.
+    options = [
+        ("grpc.max_send_message_length", 64 << 20),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 65535),
+    ]
     channel = aio.insecure_channel(address, options=options)
     try:
         if ready:

@@ -260,9 +260,9 @@ def test_health_and_reflection(tmp_path: Path) -> None:
         for name in (*names, "liveness"):
             assert await status_of(setup.channel, name) == serving
         channel: Any = setup.channel
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        request: Any = reflection_pb2.ServerReflectionRequest
-        requests = [request(list_services="")]
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        reflection: Any = reflection_pb2
+        requests = [reflection.ServerReflectionRequest(list_services="")]
         (reply,) = [reply async for reply in stub.ServerReflectionInfo(iter(requests))]
         services = {service.name for service in reply.list_services_response.service}
         assert {"tandem.inference.v1.InferenceService", "grpc.health.v1.Health"} <= services

@@ -11,6 +11,7 @@ from typing import Literal
 from tandem.config import HandoffConfig, LoopName, SchedulerConfig
 from tandem.core.messages.handoff import EndCode, OpenReceived, OpenStream, ReleaseReceived, StreamClosed, StreamLost
 from tests.sim.client import Client
+from tests.sim.transfer import SimTransfer
 from tests.sim.worker import SimWorker
 
 
@@ -71,7 +72,7 @@ class World:
         self.transcript: list[str] = []
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
-        self.directory: dict[bytes, object] = {}
+        self.directory: dict[bytes, SimTransfer] = {}
         self.streams: list[Stream] = []
         self.stream_of: dict[tuple[SimWorker, int], Stream] = {}
         role: Literal["decode", "unified"] = "unified" if options.unified else "decode"

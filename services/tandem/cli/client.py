@@ -118,14 +118,20 @@ def _add(answer: Answer, message: inference_pb2.StreamGenerateResponse, seconds:
 async def _show(
     arguments: argparse.Namespace, request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 ) -> int:
+    written = False
+
     def write(text: str) -> None:
+        nonlocal written
+        written = written or bool(text)
         sys.stdout.write(text)
         sys.stdout.flush()
 
     try:
         answer = await ask(arguments.address, request, write, arguments.timeout)
     except TandemError as error:
-        print(f"\ntandem: {error.message}", file=sys.stderr)
+        if written:
+            print()
+        print(f"tandem: {error.message}", file=sys.stderr)
         return 1
     print()
     if arguments.stats:

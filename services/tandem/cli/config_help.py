@@ -29,7 +29,7 @@ def help_text(program: Program) -> str:
         "SIGTERM or Ctrl-C lets running requests end (server.drain_seconds); a second one does not.",
         "",
         "Each setting comes from, the last one wins: default, --config FILE (TOML or JSON, one table a section),",
-        "environment (TANDEM_SCHEDULER__BUDGET_TOKENS=512), flag (--scheduler.budget-tokens 512).",
+        "environment (TANDEM_SERVER__LOG_LEVEL=debug), flag (--server.log-level debug).",
         "",
         *_entry("--config FILE", f"settings file; also {FILE_VARIABLE}"),
         *_entry("--print-config", "print the settings in effect as TOML, with explanations, and exit"),
@@ -46,7 +46,7 @@ def help_text(program: Program) -> str:
 
 def _usage(setting: Setting, short: str | None) -> str:
     flag = f"--{short}, {setting.flag}" if short else setting.flag
-    return flag if setting.type is bool else f"{flag} {_value_name(setting)}"
+    return f"{flag} {_value_name(setting)}"
 
 
 def _value_name(setting: Setting) -> str:
@@ -54,7 +54,7 @@ def _value_name(setting: Setting) -> str:
         return "NAME"
     if get_origin(setting.type) is tuple:
         return "A,B"
-    return {int: "N", float: "X"}.get(setting.type, "TEXT")
+    return {int: "N", float: "X", bool: "on|off"}.get(setting.type, "TEXT")
 
 
 def _explanation(setting: Setting) -> str:

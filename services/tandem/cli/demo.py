@@ -18,26 +18,19 @@ from tandem.worker.lifespan import StopSignals
 POOL_BYTES = 256 << 20
 PROMPT = '''import os
 import sys
-import unittest
 
 
-class Reader(object):
-    """Reads lines from a file and counts them."""
+def read_lines(path, encoding="utf-8"):
+    """Return the lines of a file.
 
-    def __init__(self, path):
-        self.path = path
-        self.lines = []
-
-    def read(self):
-        with open(self.path) as f:
-            for line in f:
-                self.lines.append(line)
-        return self.lines
-
-
-class TestReader(unittest.TestCase):
-
-    def setUp(self):
+    Blank lines and comments are skipped.
+    """
+    lines = []
+    with open(path, encoding=encoding) as f:
+        for line in f:
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
 '''
 
 
@@ -61,6 +54,7 @@ async def demo(arguments: argparse.Namespace) -> int:
             return 0
         except ChildDied as error:
             print(f"tandem demo: {error}", file=sys.stderr)
+            return error.exit_code
         except TandemError as error:
             print(f"tandem demo: the answer failed: {error.message}", file=sys.stderr)
         finally:
@@ -72,11 +66,16 @@ async def _run(cluster: Cluster, arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     print("Starting a gateway, a prefill worker and a decode worker on this machine", file=sys.stderr, flush=True)
     await cluster.start()
-    print(f"All three serve after {time.monotonic() - began:.1f} s. The model continues this code:\n", flush=True)
+    print(
+        f"All three serve after {time.monotonic() - began:.1f} s. The built-in model continues this code:\n", flush=True
+    )
     prompt = arguments.prompt or PROMPT
     request = inference_pb2.GenerateRequest(
         text=prompt,
-        sampling=inference_pb2.SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens),
+        # A model of a few million parameters repeats itself when it is greedy; this draw does not.
+        sampling=inference_pb2.SamplingParams(
+            max_tokens=arguments.max_tokens, temperature=0.5, frequency_penalty=0.2, seed=6
+        ),
         output=inference_pb2.OutputOptions(return_timing=True),
     )
 

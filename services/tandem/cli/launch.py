@@ -28,7 +28,11 @@ Show = Callable[[str, str], None]  # name of the child, a line about it
 
 
 class ChildDied(Exception):
-    """A child ended that should not have."""
+    """A child ended that should not have; `exit_code` is what its parent ends with for that."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Child:
@@ -43,6 +47,7 @@ class Child:
         self._verbose = verbose
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._last_error = ""
+        self._stopping = False
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -80,6 +85,7 @@ class Child:
         """End it, orderly if it lets itself be ended so."""
         if self._task is None:
             return
+        self._stopping = True
         self.tell(signal.SIGTERM)
         _, late = await asyncio.wait((self._task,), timeout=KILL_SECONDS)
         if late:
@@ -94,7 +100,7 @@ class Child:
         reason = f"{self.name} ended {f'by signal {-code}' if code < 0 else f'with code {code}'}"
         reason += f": {why}" if why else ""
         if not self.ready.done():
-            self.ready.set_exception(ChildDied(reason))
+            self.ready.set_exception(ChildDied(reason, 2 if code == 2 else 1))
             self.ready.exception()  # whoever awaits gets it; nobody has to
         self.ended.set_result(reason)
 
@@ -117,7 +123,8 @@ class Child:
                 continue
             if level in ("error", "critical"):
                 self._last_error = message
-            if self._verbose or record.get("progress") or level in _SHOWN_LEVELS:
+            shown = level in _SHOWN_LEVELS and not self._stopping  # peers that go at the same time are no news
+            if self._verbose or shown or record.get("progress"):
                 self._show(self.name, message if level == "info" else f"{level}: {message}")
 
 

@@ -72,8 +72,11 @@ async def up(arguments: argparse.Namespace) -> int:
                 return 0
             print(f"tandem up: {death.result()}; stopping the rest", file=sys.stderr)
             return 1
-        except (ChildDied, TandemError) as error:
+        except ChildDied as error:
             print(f"tandem up: {error}", file=sys.stderr)
+            return error.exit_code
+        except TandemError as error:
+            print(f"tandem up: {error.message}", file=sys.stderr)
             return 1
         finally:
             await cluster.stop()

@@ -220,7 +220,7 @@ class Exporter:
             return EndCode.MISMATCH, f"checksum {settings.checksum} is not among {open_.checksums}"
         if self._endpoints and not any(own.transport in open_.transports for own in self._endpoints):
             return EndCode.MISMATCH, f"no transport in common with {open_.transports}"
-        if not 0 < length <= settings.max_req_input_len:
+        if len(open_.prompt_token_ids) % BYTES_PER_TOKEN or not 0 < length <= settings.max_req_input_len:
             return EndCode.INVALID, f"prompt of {length} tokens, {settings.max_req_input_len} is the most"
         if not 0 <= open_.output_tokens < length or open_.sampling.max_tokens == 0:
             return EndCode.INVALID, "the output count does not fit the tokens"

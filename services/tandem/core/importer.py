@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.core.endpoints import choose_endpoint
+from tandem.core.import_effects import open_stream, pull
 from tandem.core.imports import Import, ImportBook
 from tandem.core.ledger import Ledger
 from tandem.core.messages.handoff import (
     DropStream,
     EndCode,
-    Open,
-    OpenStream,
     ReleaseReason,
     SendRelease,
     StreamAccepted,
@@ -27,14 +26,12 @@ from tandem.core.messages.handoff import (
     StreamFirstToken,
 )
 from tandem.core.messages.requests import CancelCause, EndReason
-from tandem.core.messages.transfer import CancelPull, Pull, PullEnded, PullStatus, TransferReady
+from tandem.core.messages.transfer import CancelPull, PullEnded, PullStatus, TransferReady
 from tandem.core.policy import Fences
 from tandem.core.request import Request
 from tandem.core.states import State, move
-from tandem.core.token_ids import pack
 
-_TRIES_PER_PEER = 2
-_RETRYABLE = frozenset({EndCode.LOST})  # the same peer again, with a higher attempt; any other code: the next peer
+_TRIES_PER_PEER = 3  # pulling failed, then the stream of a transfer process that is gone; the third finds its successor
 
 
 class Importer:
@@ -51,12 +48,19 @@ class Importer:
     # ---- Admission: pages for prompts that are computed here ------------------------------------------------------
 
     def first_startable(self, waiting: Sequence[Request]) -> Request | None:
-        """Prompts of failed hand-offs are computed here, a bounded number at once."""
+        """Prompts of failed hand-offs are computed here, a bounded number at once.
+
+        None before the head of the receive queue, unless it arrived earlier: neither kind starves the other.
+        """
         busy = sum(other.local_fallback and other.state is State.EXTENDING for other in self._ledger.running)
         for request in waiting:
             if not request.local_fallback or busy < self._settings.scheduler.max_local_prefills:
-                return request
+                return request if request.was_retracted or not self._queue_is_before(request) else None
         return None
+
+    def _queue_is_before(self, request: Request) -> bool:
+        queue = self._book.receive_queue
+        return bool(queue) and queue[0].request.seq < request.seq
 
     def started(self, request: Request) -> None:
         """Nothing to do: the request owns its pages."""
@@ -75,6 +79,7 @@ class Importer:
         victim = max(pinning, key=lambda imp: imp.request.seq)
         self._close_attempt(victim)
         self._open(victim)
+        victim.tries_of_peer -= 1  # the peer did nothing wrong
         return True
 
     # ---- the life of an import ------------------------------------------------------------------------------------
@@ -107,12 +112,17 @@ class Importer:
         while self._book.receive_queue and ledger.has_slot:
             if ledger.waiting and ledger.waiting[0].was_retracted:
                 return  # retracted requests go first
+            if self.first_startable(ledger.waiting) is not None:
+                return  # somebody who arrived earlier computes its prompt here
             imp = self._book.receive_queue[0]
             request = imp.request
-            need = imp.num_pages - len(request.pages)
+            # A resumed request's output may reach beyond the pages that are handed over.
+            need = self._settings.pages_for(max(imp.num_tokens, len(request.tokens))) - len(request.pages)
             spare = sum(other.state is State.DECODING for other in ledger.running)
             pages = ledger.kv.allocate(need, spare)
-            while pages is None and self.make_room(request.seq, need):
+            while pages is None and (lacking := ledger.kv.shortage(need, spare)):
+                if not self.make_room(request.seq, lacking):
+                    break
                 pages = ledger.kv.allocate(need, spare)
             if pages is None:
                 return
@@ -155,8 +165,13 @@ class Importer:
         if imp is None:
             return
         request, first = imp.request, event.first_token
-        if request.num_outputs > imp.num_open_outputs:
-            return  # known since an earlier attempt: never taken again
+        if not 0 <= first.token_id < self._settings.vocab_size:
+            self._fault(imp, now)
+            self._give_up_peer(imp, now)
+            return
+        if request.num_outputs > imp.num_open_outputs:  # known since an earlier attempt: never taken again
+            self._ledger.counters.first_token_differences += request.tokens[imp.num_tokens] != first.token_id
+            return
         request.cached_tokens = max(request.cached_tokens, first.cached_tokens)
         if first.prompt_logprobs and not request.prompt_logprobs:
             request.prompt_logprobs = list(first.prompt_logprobs)
@@ -177,13 +192,14 @@ class Importer:
             self._give_up_peer(imp, now)
 
     def closed(self, event: StreamClosed, now: float) -> None:
-        """The stream is lost. LOST: the same peer may still hold the pages; any other code: the next peer."""
+        """The stream is over. LOST after Accepted: the same peer may still hold the pages; else the next peer."""
         imp = self._book.by_stream(event.stream_id)
         if imp is None:
             return
         self._book.forget_stream(imp)
-        if event.code in _RETRYABLE:
+        if event.code is EndCode.LOST:
             self._fault(imp, now)
+        if event.code is EndCode.LOST and imp.accepted is not None:
             self._try_again(imp, now)
         else:
             self._give_up_peer(imp, now)
@@ -244,37 +260,16 @@ class Importer:
         """Whether nothing is imported and no read is under way."""
         return not self._book.tickets and not self._book.live()
 
+    def pages_under_read(self) -> list[int]:
+        """Pages that a pull may still write into, for the self-check."""
+        return [page for ticket in self._book.tickets.values() for page in ticket.pages]
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _open(self, imp: Import) -> None:
         """Open the next stream of the import's present peer, with an attempt higher than all before."""
-        request, peer = imp.request, imp.peer
-        stream_id = self._book.new_stream(imp)
-        tokens = request.tokens[: imp.num_tokens]
-        deadline = request.deadline
-        self._ledger.emit(
-            OpenStream(
-                stream_id,
-                peer.address,
-                peer.instance_id,
-                Open(
-                    handoff_id=peer.handoff_id,
-                    attempt=peer.attempt << 32 | imp.streams_opened,
-                    importer_instance_id=self._settings.instance_id,
-                    prompt_token_ids=pack(tokens),
-                    output_tokens=imp.num_open_outputs,
-                    sampling=request.sampling,
-                    tokens_held=imp.held_pages * self._settings.page_tokens,
-                    fingerprint=self._settings.fingerprint,
-                    numerics=self._settings.numerics,
-                    sharding=self._settings.sharding,
-                    transports=self._transports,
-                    checksums=(self._settings.checksum,),
-                    cache_salt=request.salt,
-                    timeout_seconds=None if deadline is None else deadline - self._ledger.now,
-                ),
-            )
-        )
+        self._book.new_stream(imp)
+        self._ledger.emit(open_stream(imp, self._settings, self._transports, self._ledger.now))
 
     def _pull(self, imp: Import, now: float) -> None:
         """Read what is announced and neither here nor on its way."""
@@ -288,19 +283,7 @@ class Importer:
             self._ledger.kv.pool.mark_busy(pages)
             ticket = self._book.new_ticket(imp, ordinals, pages)
             imp.request.marks.pull_started = imp.request.marks.pull_started or now
-            self._ledger.emit(
-                Pull(
-                    ticket=ticket,
-                    endpoint=imp.endpoint,
-                    handoff_id=imp.peer.handoff_id,
-                    attempt=imp.peer.attempt << 32 | imp.streams_opened,
-                    token=imp.accepted.handoff_token,
-                    ordinals=ordinals,
-                    checksums=imp.checksums_of(ordinals),
-                    remote_pages=imp.remote_pages_of(ordinals),
-                    pages=pages,
-                )
-            )
+            self._ledger.emit(pull(imp, ticket, ordinals, pages))
 
     def _mismatched(self, imp: Import, bad: set[int], now: float) -> None:
         """Rule 1: a mismatch is pulled once more; the earlier read is over, or PullEnded would not have come."""

@@ -24,11 +24,21 @@ class KvCache:
         With `spare`, so many pages must be free beside them.
         """
         missing = count + spare - self.pool.num_free
+        if missing > self.pool.num_cached:
+            return None  # nothing is evicted in vain
         if missing > 0:
             self.tree.evict(missing)
         if count + spare > self.pool.num_free:
             return None
         return self.pool.allocate(count)
+
+    def shortage(self, count: int, spare: int = 0) -> int:
+        """Return how many of these pages lack even when every launch in flight will have resolved.
+
+        0 after a failed `allocate`: the pages come back by themselves, and somebody else's need not be taken.
+        """
+        pool = self.pool
+        return max(0, count + spare - pool.num_free - pool.num_cached - pool.num_fenced)
 
     def attach_prefix(self, request: Request, max_tokens: int) -> int:
         """Give a request without pages its longest cached prefix of at most `max_tokens`; return the tokens in it."""
@@ -44,6 +54,13 @@ class KvCache:
         request.path_end = path[-1]
         request.num_in_tree = len(pages)
         return len(pages) * self.page_tokens
+
+    def detach_prefix(self, request: Request) -> None:
+        """Undo `attach_prefix` of a request that could not start: its prefix was not used, so it gets no new date."""
+        pages, request.path_end = request.pages, None
+        request.set_pages([])
+        request.num_in_tree = 0
+        self.tree.untouched(self.pool.release(pages))
 
     def publish(self, request: Request) -> None:
         """Put the request's newly computed full pages into the tree, as far as its own path reaches.

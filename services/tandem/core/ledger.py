@@ -34,6 +34,7 @@ class Counters:
     transfer_seconds: float = 0.0
     checksum_mismatches: int = 0
     failed_pulls: int = 0
+    first_token_differences: int = 0
     transfer_fallbacks: int = 0
     local_prefills: int = 0
     leases_started: int = 0
@@ -103,6 +104,11 @@ class Ledger:
         insort(self.waiting, request, key=_wait_order)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that wait to be computed or received here."""
+        return sum(request.state in (State.WAITING, State.AWAITING) for request in self.requests.values())
+
+    @property
     def has_slot(self) -> bool:
         return bool(self._slots)
 
@@ -143,7 +149,7 @@ class Ledger:
         """Say whether the known output ends the request, and with which stop token."""
         sampling = request.sampling
         count = request.num_outputs
-        if count and count >= sampling.min_tokens:
+        if count > sampling.min_tokens:
             last = request.tokens[-1]
             if last in sampling.stop_token_ids:
                 return EndReason.STOP, last

@@ -58,6 +58,14 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_cached(self) -> int:
+        return self._num_cached
+
+    @property
+    def num_fenced(self) -> int:
+        return len(self._fenced)
+
     def allocate(self, count: int) -> list[int] | None:
         """Take `count` free pages with one reference each, or None (and nothing) if there are fewer."""
         if count > len(self._free):
@@ -163,6 +171,20 @@ class PagePool:
         self._orphans.add(page)
         self._note(page, "orphaned")
 
+    def restate(self, page: int, references: int) -> None:
+        """Believe the owners of a page with a wrong reference count: it is held by so many, and by nobody else."""
+        assert references > 0
+        if self._references[page] == 0:
+            if self._in_tree[page]:
+                self._num_cached -= 1
+            elif page in self._free:
+                self._free.remove(page)
+            else:
+                self._fenced = deque(entry for entry in self._fenced if entry[1] != page)
+            self._num_held += 1
+        self._references[page] = references
+        self._note(page, "restated")
+
     @property
     def num_orphans(self) -> int:
         return len(self._orphans)
@@ -171,6 +193,9 @@ class PagePool:
     def quiet(self) -> bool:
         """Whether no launch and no transfer can touch any page."""
         return self.launched == self.resolved and not any(self._busy)
+
+    def is_orphan(self, page: int) -> bool:
+        return page in self._orphans
 
     def free_pages(self) -> Sequence[int]:
         return tuple(self._free)

@@ -29,7 +29,10 @@ class Admission(Protocol):
         """The request has all pages of its prompt now."""
 
     def make_room(self, seq: int, missing: int) -> bool:
-        """Give up revocable pages for the request with arrival `seq`; whether any were given up."""
+        """Give up revocable pages for the request with arrival `seq`; whether any were given up.
+
+        `missing` pages lack even after all that come back by themselves.
+        """
 
     def computed(self, request: Request, now: float) -> None:
         """More of the request's known tokens are in its pages."""
@@ -62,6 +65,8 @@ class Planner:
             rows: list[Row] = []
             owners: list[Request] = []
             for row, owner in self._rows(now):
+                if owner.state is State.FINISHED:
+                    continue  # a leased hand-off that has just made room: its pages may be somebody else's already
                 rows.append(row)
                 owners.append(owner)
             if rows:
@@ -82,7 +87,9 @@ class Planner:
 
     def _rows(self, now: float) -> list[tuple[Row, Request]]:
         rows: list[tuple[Row, Request]] = []
-        for request in tuple(self._ledger.running):
+        decoding = [request for request in self._ledger.running if request.state is State.DECODING]
+        # Known tokens first: a speculative row must not take the page that somebody's known token needs.
+        for request in sorted(decoding, key=lambda request: len(request.tokens) <= request.num_launched):
             if request.state is State.DECODING and not request.retracting:
                 row = self._decode_row(request, now)
                 if row is not None:
@@ -153,7 +160,7 @@ class Planner:
         sampling = request.sampling
         index = request.num_outputs + request.samples_in_flight
         banned: tuple[int, ...] = ()
-        if index + 1 < sampling.min_tokens:
+        if index < sampling.min_tokens:
             banned = sampling.stop_token_ids
             if not sampling.ignore_eos:
                 banned += self._settings.eos_token_ids
@@ -169,7 +176,7 @@ class Planner:
         kv = self._ledger.kv
         pages = kv.allocate(1)
         while pages is None and known:
-            if kv.pool.fenced_pages() or any(other.retracting for other in self._ledger.running):
+            if not kv.shortage(1) or any(other.retracting for other in self._ledger.running):
                 return False  # pages are coming back: a launch that resolves is an event
             if not self._admission.make_room(request.seq, 1):
                 victim = max(
@@ -212,10 +219,12 @@ class Planner:
         # One page for each decoding request stays free, or the newcomer would be paid for with a retraction.
         spare = sum(other.state is State.DECODING for other in ledger.running)
         fresh = kv.allocate(need, spare)
-        while fresh is None and self._admission.make_room(request.seq, need):
+        while fresh is None and (lacking := kv.shortage(need, spare)):
+            if not self._admission.make_room(request.seq, lacking):
+                break
             fresh = kv.allocate(need, spare)
         if fresh is None:
-            kv.release_request(request)
+            kv.detach_prefix(request)
             return False
         request.set_pages(request.pages + fresh)
         request.num_launched = request.num_computed = held
@@ -264,6 +273,8 @@ class Planner:
             if not request.is_export and self._finish(request, now):
                 return
             move(request, self._traits.after_prompt)
+            if self._traits.after_prompt is State.HANDING_OFF:
+                ledger.stop_running(request)  # pages bound what is handed over; slots are for what is computed
         elif request.state is State.DECODING and self._finish(request, now):
             return
         self._admission.computed(request, now)

@@ -17,18 +17,24 @@ class PlanBudget:
         self._tokens_per_second = 0.0
 
     def measured(self, num_tokens: int, num_rows: int, seconds: float) -> None:
-        """Learn from a resolved plan. Plans of decode rows only say nothing about the rate of prompts."""
-        if seconds <= 0.0 or num_tokens < 2 * num_rows:
+        """Learn from a resolved plan.
+
+        Rows of one token each are slower than a prompt of as many: they say nothing about its rate, unless they are
+        faster than what is known. So one slow plan cannot shrink the next ones until nothing is ever learned again.
+        """
+        if seconds <= 0.0:
             return
         rate = num_tokens / seconds
         known = self._tokens_per_second
+        if num_tokens < 2 * num_rows and not 0.0 < known < rate:
+            return
         self._tokens_per_second = rate if known == 0.0 else known + _SMOOTHING * (rate - known)
 
     def tokens(self) -> int:
         """Return the budget, at least 1."""
         if self._tokens_per_second == 0.0 or self._max_seconds == 0.0:
             return self._max_tokens
-        return max(1, min(self._max_tokens, int(self._tokens_per_second * self._max_seconds)))
+        return max(1, int(min(self._max_tokens, self._tokens_per_second * self._max_seconds)))
 
 
 class Fences:

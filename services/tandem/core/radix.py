@@ -13,8 +13,12 @@ from collections.abc import Sequence
 from tandem.core.pages import PagePool
 
 
+_ROOT = -1
+_STALE_LEAVES_MAX = 64
+
+
 class Node:
-    """One cached page. `parent` is None for the root of a salt, whose `page` is -1."""
+    """One cached page. `parent` is None for the root of a salt, whose `page` is -1, and below an orphan."""
 
     __slots__ = ("children", "fence", "key", "page", "parent", "salt", "used")
 
@@ -62,7 +66,7 @@ class PrefixTree:
         """
         assert len(key) == self._page_tokens
         if parent is None:
-            parent = self._roots.setdefault(salt, Node(-1, (), None, salt))
+            parent = self._roots.setdefault(salt, Node(_ROOT, (), None, salt))
         if key in parent.children:
             return None
         node = Node(page, key, parent, salt)
@@ -79,7 +83,13 @@ class PrefixTree:
             node.used = self._tick
             node.fence = self._pool.launched
             if not node.children:
-                heapq.heappush(self._leaves, (node.used, page))
+                self._push(node)
+
+    def untouched(self, pages: Sequence[int]) -> None:
+        """Take pages back that have just lost their last reference without having been used: they keep their date."""
+        for page in pages:
+            if not self._nodes[page].children:
+                self._push(self._nodes[page])
 
     def evict(self, count: int) -> int:
         """Free up to `count` unreferenced leaves, least recently used first; return how many were freed."""
@@ -109,20 +119,32 @@ class PrefixTree:
         node = self._nodes.pop(page, None)
         if node is None:
             return
-        if node.parent is not None:
-            node.parent.children.pop(node.key, None)
-        node.parent = None
+        for child in node.children.values():
+            child.parent = None  # found no more, but evicted like any other
+        node.children.clear()
+        self._cut(node)
 
     def _remove(self, node: Node) -> None:
         del self._nodes[node.page]
         self._pool.leave_tree(node.page)
-        parent = node.parent
-        assert parent is not None
+        self._cut(node)
+
+    def _cut(self, node: Node) -> None:
+        """Take a node from its parent, which may be evicted next if that was its last child."""
+        parent, node.parent = node.parent, None
+        if parent is None:
+            return
         del parent.children[node.key]
         if parent.children:
             return
-        if parent.parent is None:
+        if parent.page == _ROOT:
             del self._roots[parent.salt]
-            return
-        if not self._pool.references(parent.page):
-            heapq.heappush(self._leaves, (parent.used, parent.page))
+        elif not self._pool.references(parent.page):
+            self._push(parent)
+
+    def _push(self, node: Node) -> None:
+        heapq.heappush(self._leaves, (node.used, node.page))
+        if len(self._leaves) > 2 * len(self._nodes) + _STALE_LEAVES_MAX:
+            leaves = (node for node in self._nodes.values() if not node.children)
+            self._leaves = [(node.used, node.page) for node in leaves if not self._pool.references(node.page)]
+            heapq.heapify(self._leaves)

@@ -13,6 +13,7 @@ LocalOnly for unified). Time is monotonic seconds, given with every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tandem.core.exporter import Exporter
@@ -31,11 +32,12 @@ from tandem.core.selfcheck import SelfCheck
 from tandem.core.settings import SchedulerSettings
 from tandem.core.states import State
 from tandem.core.stats import LoadSnapshot
-from tandem.core.token_ids import unpack
+from tandem.core.token_ids import BYTES_PER_TOKEN, unpack
 
 TOKEN_BYTES = 16
 
 
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Nothing happened but time: look at the timers."""
 
@@ -152,14 +154,15 @@ class Scheduler:
     def self_check(self) -> list[str]:
         """Compare every page's references with who is known to hold it; orphans go to quarantine. For idle moments."""
         pins = self._exporter.pinned_pages() if self._exporter is not None else []
-        return self._check.run(pins)
+        under_read = self._importer.pages_under_read() if self._importer is not None else []
+        return self._check.run(pins, under_read)
 
     def load(self, now: float) -> LoadSnapshot:
         ledger, importer, exporter = self._ledger, self._importer, self._exporter
         counters = {name: getattr(ledger.counters, name) for name in ledger.counters.__slots__}
         return LoadSnapshot(
-            running_requests=len(ledger.running),
-            waiting_requests=len(ledger.requests) - len(ledger.running),
+            running_requests=len(ledger.requests) - ledger.num_waiting,
+            waiting_requests=ledger.num_waiting,
             waiting_uncached_tokens=sum(len(request.tokens) for request in ledger.waiting),
             pages=self.kv.pool.counts(),
             transfers_inflight=importer.num_pulling if importer else exporter.num_exporting if exporter else 0,
@@ -212,15 +215,18 @@ class Scheduler:
             return _rejected(
                 event, "prompt", f"prompt of {length} tokens; 1 to {settings.max_req_input_len} are served"
             )
-        if length + len(event.output_token_ids) // 4 >= settings.max_context_tokens:
+        num_outputs = len(event.output_token_ids) // BYTES_PER_TOKEN
+        if length + num_outputs > settings.max_context_tokens:
             return _rejected(event, "prompt", f"prompt and output exceed the context of {settings.max_context_tokens}")
         if min(total, settings.max_context_tokens) - 1 > settings.max_total_num_tokens:
             most = settings.max_total_num_tokens
             return _rejected(
                 event, "max_tokens", f"prompt + max_tokens = {total} never fits the KV pool of {most} tokens"
             )
-        if len(self._ledger.requests) - len(self._ledger.running) >= settings.scheduler.max_waiting_requests:
-            return _rejected(event, "", f"{len(self._ledger.requests)} requests are here already", overloaded=True)
+        if not all(0 <= peer.output_tokens <= num_outputs for peer in event.peers):
+            return _rejected(event, "peers", f"a hand-off with more than the request's {num_outputs} output tokens")
+        if self._ledger.num_waiting >= settings.scheduler.max_waiting_requests:
+            return _rejected(event, "", f"{self._ledger.num_waiting} requests are waiting already", overloaded=True)
         return None
 
     def _cancel(self, event: Cancel, now: float) -> None:

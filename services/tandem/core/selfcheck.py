@@ -11,13 +11,14 @@ from tandem.core.ledger import Ledger
 class SelfCheck:
     """Finds pages whose reference count is not what their owners add up to, and takes them out of use.
 
-    Orphans go to quarantine until restart, never back to the free list: who may still touch them is unknown.
+    Orphans go to quarantine until restart, never back to the free list: who may still touch them is unknown. A page
+    that has owners is theirs, as many as they are.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def run(self, handoff_pins: Iterable[int]) -> list[str]:
+    def run(self, handoff_pins: Iterable[int], pages_under_read: Iterable[int]) -> list[str]:
         """Return one line for each fault found, with the page's history; empty when all is well."""
         kv = self._ledger.kv
         expected: Counter[int] = Counter(handoff_pins)
@@ -30,24 +31,41 @@ class SelfCheck:
                 continue
             history = ", ".join(kv.pool.history(page))
             faults.append(f"page {page}: {references} references, {expected[page]} known owners: {history}")
-            if expected[page] == 0:
+            if expected[page]:
+                kv.pool.restate(page, expected[page])
+            else:
                 kv.tree.forget(page)
                 kv.pool.orphan(page)
-        return faults + self._count_faults()
+        return faults + self._place_faults(set(pages_under_read)) + self._count_faults()
+
+    def _place_faults(self, under_read: set[int]) -> list[str]:
+        """Compare where each page is with where its state says that it must be."""
+        kv = self._ledger.kv
+        pool, cached = kv.pool, {node.page for node in kv.tree.nodes()}
+        free, fenced = Counter(pool.free_pages()), Counter(pool.fenced_pages())
+        faults: list[str] = []
+        for page in range(pool.num_pages):
+            busy = pool.is_busy(page)
+            if busy != (page in under_read):
+                faults.append(f"page {page}: busy is {busy}, under a read is {page in under_read}")
+            if pool.in_tree(page) != (page in cached):
+                faults.append(f"page {page}: in the tree is {pool.in_tree(page)}, found there is {page in cached}")
+            elsewhere = bool(pool.references(page)) or pool.in_tree(page) or busy or pool.is_orphan(page)
+            if free[page] + fenced[page] != (not elsewhere):
+                history = ", ".join(pool.history(page))
+                faults.append(f"page {page}: {free[page]} times free, {fenced[page]} times fenced: {history}")
+        return faults
 
     def _count_faults(self) -> list[str]:
         pool = self._ledger.kv.pool
-        counts = pool.counts()
-        free, fenced = pool.free_pages(), pool.fenced_pages()
+        counts, pages = pool.counts(), range(pool.num_pages)
         faults: list[str] = []
-        if counts.free + counts.held + counts.cached + counts.quarantined != counts.total or counts.quarantined < 0:
-            faults.append(f"pages do not add up: {counts}")
-        if len(set(free)) != len(free) or set(free) & set(fenced):
-            faults.append("a page is on the free list twice")
-        wrong = [page for page in free if pool.references(page) or pool.in_tree(page) or pool.is_busy(page)]
-        if wrong:
-            faults.append(f"free pages are in use: {wrong}")
-        held = sum(pool.references(page) > 0 for page in range(pool.num_pages))
+        held = sum(pool.references(page) > 0 for page in pages)
         if held != counts.held:
             faults.append(f"{held} pages are referenced, {counts.held} counted as held")
+        cached = sum(pool.in_tree(page) and not pool.references(page) for page in pages)
+        if cached != counts.cached:
+            faults.append(f"{cached} pages are cached, {counts.cached} counted")
+        if counts.quarantined < 0:
+            faults.append(f"pages do not add up: {counts}")
         return faults

@@ -42,6 +42,7 @@ class LoadSnapshot:
     transfer_seconds: float = 0.0
     checksum_mismatches: int = 0
     failed_pulls: int = 0
+    first_token_differences: int = 0  # another prefill sampled otherwise than the one before it
     transfer_fallbacks: int = 0
     local_prefills: int = 0  # prompts computed on decode because every named peer failed
     leases_started: int = 0

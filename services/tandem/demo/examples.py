@@ -17,9 +17,9 @@ LENGTH = 28  # tokens of an answer
 MARGIN = 0.15  # the least lead of a chosen token's logit, so that rounding decides nothing
 
 PROMPTS = (
-    "import os\n\ndef main(",
     "class Foo(object):\n    def __init__(self",
-    "import unittest\n\n\nclass TestReader(unittest.TestCase):\n",
+    "import os\n\nclass Point:\n    def __eq__(self, other",
+    "import os\nimport sys\n\n\ndef read(path):\n    with open(path",
 )
 
 

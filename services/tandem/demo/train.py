@@ -98,7 +98,7 @@ class Trainer:
             raise ValueError(f"the model has {count} parameters, more than {MAX_PARAMETERS}")
         matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
-        # Muon is for matrices only. After two minutes it is at 5.6 nats a token where AdamW alone is at 6.5.
+        # Muon is for matrices only. A trial of two minutes came to 5.9 nats a token with it, to 6.5 with AdamW alone.
         muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0)
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [(muon, MATRIX_RATE), (adam, OTHER_RATE)]

@@ -116,9 +116,10 @@ class TextDetokenizer:
 
 
 class WindowDetokenizer:
-    """Any tokenizer: decode the last ids without and with the new ones; the difference is new.
+    """Any tokenizer: decode the ids that gave the last delta without and with the new ones; the difference is new.
 
-    Exact where a token's text depends on no more than WINDOW_IDS tokens before it.
+    Such a window starts between characters. Exact where a token's text depends on nothing before the window; what looks
+    like a part of a character is held back for at most WINDOW_IDS tokens.
     """
 
     def __init__(self, pieces: UnknownPieces, skip_special: bool) -> None:
@@ -145,7 +146,8 @@ class WindowDetokenizer:
         return self._decode(self._window + self._pending).removeprefix(before)
 
     def _emit(self, text: str) -> str:
-        self._window = (self._window + self._pending)[-WINDOW_IDS:]
+        if text:
+            self._window = self._pending
         self._pending = []
         return text
 

@@ -26,9 +26,12 @@ class Journal:
         Raises TandemError for a gap, and for a token that differs from the one the client has.
         """
         known = len(self._token_ids) - first_index
+        if known == 0:
+            self._token_ids.extend(new)
+            return 0
         if known < 0:
             raise TandemError(f"the worker left out {-known} tokens before index {first_index}")
-        if known and list(new[:known]) != self._token_ids[first_index : first_index + len(new)]:
+        if list(new[:known]) != self._token_ids[first_index : first_index + len(new)]:
             raise TandemError(f"the worker changed tokens after index {first_index}")
         self._token_ids.extend(new[known:])
         return min(known, len(new))

@@ -25,7 +25,7 @@ def duration_to_proto(seconds: float) -> duration_pb2.Duration:
 
 def duration_from_proto(duration: duration_pb2.Duration) -> float:
     """Return a Duration as seconds."""
-    return duration.seconds + duration.nanos / 1e9
+    return (duration.seconds * 10**9 + duration.nanos) / 10**9  # one rounding: what was sent comes back
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------

@@ -181,9 +181,10 @@ class SessionClient:
             if stream is not None and not stream.put(convert.tokens_from_proto(delta)):
                 self.abort(delta.rid)
         for end in response.ends:
+            ended = convert.ended_from_proto(end)  # may raise: then the stream is still there to be failed
             stream = self._streams.pop(end.rid, None)
             if stream is not None:
-                stream.end(convert.ended_from_proto(end))
+                stream.end(ended)
         if response.HasField("info"):
             self.info = convert_worker.worker_info_from_proto(response.info)
             _logger.info(

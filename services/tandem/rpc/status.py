@@ -6,10 +6,12 @@ at fault. Servicers raise members of the tree; `tandem.rpc.interceptor` ends the
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from grpc_status import rpc_status
@@ -87,16 +89,17 @@ def from_status(status: status_pb2.Status) -> errors.TandemError:
 
 
 def _details(status: status_pb2.Status) -> tuple[str, float | None, str]:
-    """Return (reason, retry seconds, field) as far as the details name them; unknown details are skipped."""
+    """Return (reason, retry seconds, field) as far as the details name them; unknown and broken ones are skipped."""
     reason, retry_seconds, field = "", None, ""
     for detail in status.details:
         info, retry, bad = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
-        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
-            reason = info.reason
-        elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
-            retry_seconds = retry.retry_delay.ToMicroseconds() / 1e6
-        elif detail.Is(bad.DESCRIPTOR) and detail.Unpack(bad) and bad.field_violations:
-            field = bad.field_violations[0].field
+        with contextlib.suppress(DecodeError):
+            if detail.Unpack(info):
+                reason = info.reason
+            elif detail.Unpack(retry):
+                retry_seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+            elif detail.Unpack(bad) and bad.field_violations:
+                field = bad.field_violations[0].field
     return reason, retry_seconds, field
 
 
@@ -118,8 +121,6 @@ def from_rpc_error(error: aio.AioRpcError) -> errors.TandemError:
 
 
 def _parse(serialized: bytes) -> status_pb2.Status | None:
-    from google.protobuf.message import DecodeError
-
     try:
         return status_pb2.Status.FromString(serialized)
     except DecodeError:

@@ -24,6 +24,7 @@ class GatewayMetrics:
         self._inflight = _gauge(table.INFLIGHT, registry)
         self._ready_workers = _gauge(table.READY_WORKERS, registry)
         self._output_tokens = self._tokens.labels("output")
+        self._itl_by_api: dict[str, Histogram] = {}  # a labels() look-up costs as much as the observation
 
     def watch(self, *, inflight: Callable[[], int], ready_workers: Callable[[str], int]) -> None:
         """Show what these return."""
@@ -35,7 +36,10 @@ class GatewayMetrics:
         self._ttft.labels(api).observe(seconds)
 
     def next_output(self, api: str, seconds: float) -> None:
-        self._itl.labels(api).observe(seconds)
+        child = self._itl_by_api.get(api)
+        if child is None:
+            child = self._itl_by_api[api] = self._itl.labels(api)
+        child.observe(seconds)
 
     def output_tokens(self, count: int) -> None:
         self._output_tokens.inc(count)

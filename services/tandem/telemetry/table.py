@@ -105,6 +105,7 @@ WORKER_LOAD_METRICS: dict[str, Metric] = {
     "transfer_seconds": _counter("transfer_seconds", "Time spent pulling, summed over pulls"),
     "checksum_mismatches": _counter("checksum_mismatches", "Pages that arrived different from what was announced"),
     "failed_pulls": _counter("failed_pulls", "Pulls that failed or were refused"),
+    "first_token_differences": _counter("first_token_differences", "First tokens that a later prefill drew otherwise"),
     "transfer_fallbacks": _counter("transfer_fallbacks", "Pairs that fell back to another transport"),
     "local_prefills": _counter("local_prefills", "Prompts computed on decode because every named peer failed"),
     "leases_started": _counter("leases_started", "Hand-off streams that ended without a release"),

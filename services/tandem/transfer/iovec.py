@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import socket
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 
 import numpy as np
@@ -46,10 +47,11 @@ class Runs:
         is_head = np.ones(len(addresses), dtype=bool)
         is_head[1:] = addresses[1:] != addresses[:-1] + np.uint64(page_bytes)
         heads = np.flatnonzero(is_head)
-        self._addresses = addresses[heads]
-        self._offsets = (
-            np.append(heads, len(addresses)).astype(np.int64) * page_bytes
-        )  # run i: [offsets[i], offsets[i + 1])
+        ends = np.append(heads, len(addresses)).astype(np.int64) * page_bytes
+        self._offsets: list[int] = ends.tolist()  # run i: stream bytes [offsets[i], offsets[i + 1])
+        self._vectors: Iovecs = np.empty((len(heads), 2), dtype=np.uint64)
+        self._vectors[:, 0] = addresses[heads]
+        self._vectors[:, 1] = np.diff(ends)
 
     @classmethod
     def of(cls, pages: Pages) -> Runs:
@@ -58,12 +60,14 @@ class Runs:
     def iovecs(self, begin: int, end: int) -> Iovecs:
         """Return the memory of stream bytes [begin, end), cut after MAX_IOVECS runs."""
         offsets = self._offsets
-        first = int(np.searchsorted(offsets, begin, side="right")) - 1
-        last = min(int(np.searchsorted(offsets, end, side="left")), first + MAX_IOVECS)
-        begins = np.maximum(offsets[first:last], begin)
-        vectors = np.empty((last - first, 2), dtype=np.uint64)
-        vectors[:, 0] = self._addresses[first:last] + (begins - offsets[first:last]).astype(np.uint64)
-        vectors[:, 1] = np.minimum(offsets[first + 1 : last + 1], end) - begins
+        first = bisect_right(offsets, begin) - 1
+        last = min(bisect_left(offsets, end, first), first + MAX_IOVECS)
+        vectors = self._vectors[first:last].copy()
+        if skipped := begin - offsets[first]:
+            vectors[0, 0] += np.uint64(skipped)
+            vectors[0, 1] -= np.uint64(skipped)
+        if offsets[last] > end:
+            vectors[-1, 1] -= np.uint64(offsets[last] - end)
         return vectors
 
 

@@ -21,6 +21,7 @@ from tandem.transfer.tcp_stream import TcpSettings
 MAX_LINKS = 64  # each has an engine and a ring
 _WATCHES_OF_TIMEOUT = 8
 _CLOSE_SECONDS = 5.0
+_NUMBER_BYTES = 4
 
 
 class LandingImporter:
@@ -67,9 +68,9 @@ class LandingImporter:
 
     def _remote_runs(self, pull: Pull) -> Runs:
         address = OneSidedAddress.decode(pull.endpoint.address)
-        numbers = np.frombuffer(pull.remote_pages, dtype="<u4").astype(np.uint64)
-        if len(numbers) != len(pull.pages):
+        if len(pull.remote_pages) != len(pull.pages) * _NUMBER_BYTES:
             raise TransportError("the exporter announced no page numbers")
+        numbers = np.frombuffer(pull.remote_pages, dtype="<u4").astype(np.uint64)
         page_bytes = self._space.page_bytes
         return Runs(np.uint64(address.pool) + numbers * np.uint64(page_bytes), page_bytes)
 

@@ -138,7 +138,8 @@ class TcpExporter:
             end = min(begin + wire.MAX_FRAME_BYTES, pages.num_bytes)
             with self._grants.sending(grant, stream) as is_live:
                 if is_live:
-                    stream.write(Frame(request.sequence, Status.OK, end - begin, begin).encode())
+                    frame = Frame(request.sequence, Status.OK, end - begin, begin)
+                    stream.write(frame.encode(), is_more_to_come=True)
                     stream.write_pages(runs, begin, end, _MAX_FRAME_SECONDS)
             if not is_live:
                 self._refuse(stream, request, "the hand-off was revoked, or attached by a higher attempt")

@@ -11,7 +11,7 @@ from tandem.transfer.pages import PageSpace
 from tandem.transfer.pull_job import Part, PullJob
 from tandem.transfer.tcp_link import TcpLink
 from tandem.transfer.tcp_stream import TcpSettings
-from tandem.transfer.wire import MAX_ORDINALS
+from tandem.transfer.wire import MAX_ID_BYTES, MAX_ORDINALS
 
 MAX_PEERS = 256
 _PART_BYTES_MAX = 16 << 20
@@ -33,6 +33,10 @@ class TcpImporter:
         job = PullJob(pull, self._space, TCP, lambda ended: self._ended(ended, done))
         parts = self._cut(job)
         job.hold(len(parts))
+        if max(len(pull.handoff_id), len(pull.token)) > MAX_ID_BYTES:  # the exporter chose the token
+            job.break_off(PullStatus.FAILED, f"the hand-off's id or token is longer than {MAX_ID_BYTES} bytes")
+            job.let_go(len(parts))
+            return
         with self._lock:
             key = (pull.endpoint.address, pull.endpoint.instance_id)
             link = self._links.get(key)

@@ -6,20 +6,17 @@ Made for one thread that uses it and any thread that calls `shut`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from tandem.errors import TransportError
 from tandem.transfer import iovec
-from tandem.transfer.iovec import Iovecs, Runs
+from tandem.transfer.iovec import Runs
 
 _KEEPALIVE_IDLE_SECONDS = 10
 _KEEPALIVE_INTERVAL_SECONDS = 5
@@ -37,9 +34,6 @@ class TcpSettings:
     connections: int
     key: bytes | None = None
     max_serving_connections: int = 256
-
-
-_Call = Callable[[socket.socket, Iovecs], int]
 
 
 class PeerStuck(TransportError):
@@ -83,13 +77,27 @@ class Stream:
 
     def read(self, size: int, within_seconds: float | None = None) -> bytes:
         """Read exactly `size` bytes."""
-        buffer = np.empty(size, dtype=np.uint8)
-        self._move(iovec.receive, buffer, within_seconds)
-        return buffer.tobytes()
+        deadline = time.monotonic() + (within_seconds or self._progress_seconds)
+        data = b""
+        while len(data) < size:
+            try:
+                piece = self._socket.recv(size - len(data), socket.MSG_WAITALL)
+            except BlockingIOError:  # a slice of the time-out passed
+                piece = None
+            if piece == b"":
+                raise ConnectionResetError(errno.ECONNRESET, "the peer closed the connection")
+            data += piece or b""
+            self._check(deadline, size - len(data))
+        return data
 
-    def write(self, data: bytes) -> None:
-        """Write all of it; more is to follow or not, it leaves at once."""
-        self._move(iovec.send, np.frombuffer(data, dtype=np.uint8), None)
+    def write(self, data: bytes, is_more_to_come: bool = False) -> None:
+        """Write all of it; it leaves at once, or together with what comes."""
+        deadline = time.monotonic() + self._progress_seconds
+        flags = socket.MSG_NOSIGNAL | (socket.MSG_MORE if is_more_to_come else 0)
+        while data:
+            with contextlib.suppress(BlockingIOError):
+                data = data[self._socket.send(data, flags) :]
+            self._check(deadline, len(data))
 
     def read_pages(self, runs: Runs, begin: int, end: int) -> None:
         """Read stream bytes [begin, end) straight into the pages."""
@@ -114,20 +122,18 @@ class Stream:
             raise PeerStuck(f"no progress for {self._progress_seconds:g} s")
         return count
 
-    def _move(self, call: _Call, buffer: npt.NDArray[np.uint8], within: float | None) -> None:
-        limit = self._progress_seconds if within is None else within
-        address, done, size = int(buffer.ctypes.data), 0, len(buffer)
-        start = time.monotonic()
-        while done < size:
-            done += call(self._socket, np.array([[address + done, size - done]], dtype=np.uint64))
-            if done < size and time.monotonic() - start > limit:
-                raise PeerStuck(f"{size - done} of {size} bytes are missing after {limit:g} s")
+    def _check(self, deadline: float, num_missing: int) -> None:
+        if num_missing and time.monotonic() > deadline:
+            raise PeerStuck(f"no progress: {num_missing} bytes are missing")
 
 
 def connect(address: str, connect_seconds: float, progress_seconds: float) -> Stream:
-    """Connect to "host:port". Raises OSError."""
-    host, port = split_address(address)
-    return Stream(socket.create_connection((host, port), timeout=connect_seconds), progress_seconds)
+    """Connect to "host:port", a text that a peer may have sent. Raises OSError."""
+    try:
+        sock = socket.create_connection(split_address(address), timeout=connect_seconds)
+    except (ValueError, OverflowError) as error:  # no name that could be looked up, no such port
+        raise OSError(f"{address!r}: {error}") from error
+    return Stream(sock, progress_seconds)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -15,7 +15,11 @@ _FRAME_BYTES_CHECKED = 1 << 20  # ByteSize is not free: it is asked for so often
 
 
 class Frames:
-    """One producer, one consumer, one event loop. `overflowed` turns true at the bound and stays so."""
+    """One producer, one consumer, one event loop.
+
+    `overflowed` turns true at the bound and stays so; nothing is kept any more then. The consumer may be stuck in a
+    write that the gateway does not take, so it is the producer who has to look at it.
+    """
 
     def __init__(self) -> None:
         self.overflowed = False
@@ -26,11 +30,15 @@ class Frames:
 
     def add_delta(self, delta: worker_pb2.SequenceDelta) -> None:
         """Add output; `send` makes it go."""
+        if self.overflowed:
+            return
         self._pending.deltas.append(delta)
         self._count(24 + 5 * len(delta.token_ids) + 512 * (len(delta.logprobs) + len(delta.prompt_logprobs)))
 
     def add_end(self, end: worker_pb2.SequenceEnd) -> None:
         """Add an end; `send` makes it go."""
+        if self.overflowed:
+            return
         self._pending.ends.append(end)
         self._count(256 + 512 * len(end.prompt_logprobs))
 

@@ -176,6 +176,8 @@ class Frontend(worker_grpc.WorkerServiceServicer):
         """Take what the gateway says until it stops; then the session is over."""
         try:
             async for request in requests:
+                if session.frames.overflowed:
+                    return
                 match request.WhichOneof("op"):
                     case "submit":
                         self._submit(session, request.submit)

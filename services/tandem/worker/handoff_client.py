@@ -129,6 +129,8 @@ class _Stream:
             code, message = EndCode.LOST, f"{self._effect.address} sent what no exporter sends: {error.message}"
         if code is EndCode.OK:
             code, message = EndCode.LOST, f"{self._effect.address} ended the stream before it was released"
+        if not self._silent:
+            _logger.warning("hand-off from %s ended as %s: %s", self._effect.address, code.value, message)
         self._tell(StreamClosed(self._effect.stream_id, code, message))
 
     async def _call(self, channel: aio.Channel) -> tuple[EndCode, str]:

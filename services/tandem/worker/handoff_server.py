@@ -56,11 +56,15 @@ class _Stream:
         self._changed = asyncio.Event()
         self.end: tuple[EndCode, str] | None = None
 
-    def put(self, response: Response) -> None:
+    def put(self, response: Response) -> bool:
+        """Queue a message; False, and the stream is at its end, if too many are unread."""
         if len(self._responses) >= MAX_UNREAD_RESPONSES:
+            self._responses.clear()
             self.finish(EndCode.LOST, f"{MAX_UNREAD_RESPONSES} messages were not read")
+            return False
         self._responses.append(response)
         self._changed.set()
+        return True
 
     def finish(self, code: EndCode, message: str) -> None:
         if self.end is None:
@@ -108,15 +112,14 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
         stream = self._streams.get(effect.stream_id)
         if stream is None:
             return
+        response: Response
         match effect:
-            case SendAccepted(_, accepted):
-                stream.put(accepted)
-            case SendAnnounce(_, announce):
-                stream.put(announce)
-            case SendFirstToken(_, first_token):
-                stream.put(first_token)
-            case SendComplete(_, complete):
-                stream.put(complete)
+            case SendAccepted(_, response) | SendAnnounce(_, response):
+                pass
+            case SendFirstToken(_, response) | SendComplete(_, response):
+                pass
+        if not stream.put(response):
+            self._lose(stream)  # here and now: the handler may be stuck in a write that nobody takes
 
     def end(self, effect: EndStream) -> None:
         """End a stream with a status; no StreamLost is sent for it any more."""

@@ -5,6 +5,7 @@ FD is the rank's end of a Unix socket pair. The first message on it says who thi
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import socket
@@ -45,4 +46,6 @@ def _first(channel: Channel) -> StartRank:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stderr.flush()
+    os._exit(exit_code)  # everything is closed; what the interpreter and torch would tidy up takes a second

@@ -104,7 +104,10 @@ class RequestTable:
         self._dirty.add(session)
 
     def step_ended(self, step: int, mono_ns: int) -> None:
-        """Let every session that got something send its frame."""
-        for session in self._dirty:
-            session.frames.send(step, mono_ns)
-        self._dirty.clear()
+        """Let every session that got something send its frame; one that is not read loses its requests."""
+        dirty, self._dirty = self._dirty, set()
+        for session in dirty:
+            if session.frames.overflowed:
+                self.drop(session, CancelCause.SESSION_LOST)
+            else:
+                session.frames.send(step, mono_ns)

@@ -1,0 +1,126 @@
+// Linears by bf16 dot products (AVX-512 BF16): pairs of inputs and weights, accumulated in float32.
+#pragma once
+
+#include "linear_kernels.hpp"
+
+namespace {
+
+using namespace tandem;
+
+// Inputs rounded to bf16, as [depth / 2][row] words of two.
+void strip_of_pairs(const StripTask& task, std::int64_t strip) {
+    const std::int64_t first = strip_start(task.rows, task.strips, strip);
+    const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - first;
+    char* to = static_cast<char*>(task.packed) + first * task.padded_depth * 2;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float* from = task.inputs + (first + i) * task.input_stride;
+        for (std::int64_t k = 0; k < task.padded_depth; k += kLanes) {
+            const __m256bh rounded = _mm512_cvtneps_pbh(load_up_to(from + k, most_of(0, task.depth - k)).v);
+            std::uint32_t words[kLanes / 2];
+            std::memcpy(words, &rounded, sizeof words);
+            const std::int64_t pairs = least_of(kLanes, task.padded_depth - k) / 2;
+            for (std::int64_t j = 0; j < pairs; ++j) {
+                std::memcpy(to + ((k / 2 + j) * count + i) * 4, &words[j], 4);
+            }
+        }
+    }
+}
+
+TANDEM_INLINE __m512 dot(__m512 sums, __m512i rows, __m512i columns) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)rows, (__m512bh)columns);
+}
+
+template <int M, int P>
+void dot_tile(std::int64_t depth, const char* rows, const std::uint16_t* columns, std::int64_t panel_stride,
+              Sums result) {
+    __m512 sums[M][P];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) sums[i][p] = _mm512_setzero_ps();
+    }
+    for (std::int64_t k = 0; k < depth; k += 2) {
+        __m512i weights[P];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) weights[p] = _mm512_loadu_si512(columns + k * kPanelColumns + p * panel_stride);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            std::int32_t pair;
+            std::memcpy(&pair, rows + (k / 2 * M + i) * 4, 4);
+            const __m512i x = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p) sums[i][p] = dot(sums[i][p], x, weights[p]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+            float* to = result.to + i * result.row_stride + p * result.panel_stride;
+            const Lanes sum{sums[i][p]};
+            store(to, result.start == Start::kAdd ? load(to) + sum : sum);
+        }
+    }
+}
+
+template <int P, int M = kStripRows>
+TANDEM_INLINE void dot_strip(std::int64_t num_rows, std::int64_t depth, const char* rows,
+                             const std::uint16_t* columns, std::int64_t panel_stride, Sums result) {
+    if (num_rows == M) {
+        dot_tile<M, P>(depth, rows, columns, panel_stride, result);
+    } else if constexpr (M > 1) {
+        dot_strip<P, M - 1>(num_rows, depth, rows, columns, panel_stride, result);
+    }
+}
+
+template <int P>
+TANDEM_INLINE std::int64_t dot_panels(const LinearTask& task, const LinearPart& part, std::int64_t panel,
+                                      std::int64_t depth_start, float* sums) {
+    const std::int64_t padded = task.shape.padded_depth, panel_elements = padded * kPanelColumns;
+    const std::int64_t depth = least_of(kDepthBlock, padded - depth_start);
+    const std::int64_t panel_stride = part.num_rows * kPanelColumns;
+    const Start how = depth_start == 0 ? Start::kStore : Start::kAdd;
+    for (; panel + P <= part.last_panel; panel += P) {
+        const std::uint16_t* columns =
+            static_cast<const std::uint16_t*>(task.weights) + panel * panel_elements + depth_start * kPanelColumns;
+        for (std::int64_t strip = part.first_strip; strip < part.last_strip; ++strip) {
+            const std::int64_t start = strip_start(task.rows, task.strips, strip);
+            const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - start;
+            const char* rows =
+                static_cast<const char*>(task.strips_packed) + (start * padded + depth_start * count) * 2;
+            float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
+            dot_strip<P>(count, depth, rows, columns, panel_elements, {to, kPanelColumns, panel_stride, how});
+        }
+    }
+    return panel;
+}
+
+void linear_of_pairs(const LinearTask& task, std::int64_t number, float* scratch) {
+    const LinearPart part = part_of(task, number);
+    for (std::int64_t depth_start = 0; depth_start < task.shape.padded_depth; depth_start += kDepthBlock) {
+        std::int64_t panel = part.first_panel;
+        if (part.num_rows == 1) panel = dot_panels<4>(task, part, panel, depth_start, scratch);
+        panel = dot_panels<2>(task, part, panel, depth_start, scratch);
+        dot_panels<1>(task, part, panel, depth_start, scratch);
+    }
+    finish(task, part, scratch);
+}
+
+// Probe: floating-point operations of bf16 dot products in registers.
+double multiply_pairs(std::int64_t rounds) {
+    constexpr int chains = 24;
+    __m512 sums[chains];
+#pragma GCC unroll 24
+    for (int s = 0; s < chains; ++s) sums[s] = _mm512_set1_ps(kStart + static_cast<float>(s));
+    const __m512i factor = _mm512_set1_epi32(0x3a003a00);
+    for (std::int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+        for (int s = 0; s < chains; ++s) sums[s] = dot(sums[s], factor, factor);
+    }
+    float total = 0.0f;
+#pragma GCC unroll 24
+    for (int s = 0; s < chains; ++s) total += sum_of({sums[s]});
+    return total == 12345.0f ? 0.0 : 4.0 * kLanes * chains * static_cast<double>(rounds);
+}
+
+}  // namespace

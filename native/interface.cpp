@@ -1,0 +1,251 @@
+// The plain C interface: pointers, sizes, strides. Callers vouch for shapes; nothing here throws.
+#include <chrono>
+#include <cstring>
+#include <new>
+
+#include "plan.hpp"
+
+namespace {
+
+using namespace tandem;
+
+const Kernels* find_kernels(const char* name) {
+    for (const Kernels* kernels : {&kKernelsAvx2, &kKernelsAvx512, &kKernelsAvx512Bf16}) {
+        if (std::strcmp(kernels->name, name) == 0) return kernels;
+    }
+    return nullptr;
+}
+
+bool cpu_runs(const char* name) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+    if (std::strcmp(name, "avx2") == 0) return true;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (std::strcmp(name, "avx512") == 0) return avx512;
+    return std::strcmp(name, "avx512bf16") == 0 && avx512 && __builtin_cpu_supports("avx512bf16");
+}
+
+double seconds_since(std::chrono::steady_clock::time_point began) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+}
+
+template <class Work>
+int guarded(Work work) {
+    try {
+        work();
+        return 0;
+    } catch (...) {  // memory is what can run out here
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+#define TANDEM_EXPORT __attribute__((visibility("default")))
+
+// Raised with every change of this interface.
+TANDEM_EXPORT std::int32_t tandem_interface_version() { return 1; }
+
+// Whether this CPU runs the kernels of that name.
+TANDEM_EXPORT std::int32_t tandem_supports(const char* kernels) {
+    return find_kernels(kernels) != nullptr && cpu_runs(kernels) ? 1 : 0;
+}
+
+// Null if the kernels are unknown or do not run here, or threads cannot be started.
+TANDEM_EXPORT Runtime* tandem_create(const char* kernels, std::int32_t threads, std::int64_t spin_nanoseconds) {
+    if (tandem_supports(kernels) == 0) return nullptr;
+    try {
+        return new Runtime(*find_kernels(kernels), threads, spin_nanoseconds);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+TANDEM_EXPORT void tandem_destroy(Runtime* runtime) { delete runtime; }
+
+TANDEM_EXPORT std::int64_t tandem_workspace_bytes(const Runtime* runtime) { return runtime->workspace_bytes(); }
+
+// Null if there is no memory.
+TANDEM_EXPORT void* tandem_allocate(std::int64_t bytes) { return allocate_pages(bytes); }
+TANDEM_EXPORT void tandem_release(void* memory, std::int64_t bytes) { release_pages(memory, bytes); }
+
+struct TandemLinear {
+    void* packed;
+    const float* bias;
+    std::int64_t outputs;
+    std::int64_t depth;
+    std::int32_t element;
+    std::int32_t gated;
+};
+
+static PackedLinear packed_linear(const TandemLinear& linear) {
+    return {linear.packed, linear.bias,
+            packed_shape(linear.outputs, linear.depth, static_cast<Element>(linear.element), linear.gated != 0)};
+}
+
+TANDEM_EXPORT std::int64_t tandem_packed_bytes(const TandemLinear* linear) {
+    return packed_bytes(packed_linear(*linear).shape);
+}
+
+static int over_panels(Runtime* runtime, const TandemLinear* linear, const void* const* parts,
+                       const std::int64_t* part_rows, std::int64_t num_parts,
+                       void (*kernel)(const PackTask&, std::int64_t)) {
+    return guarded([&] {
+        const PackTask task{packed_linear(*linear).shape, parts, part_rows, num_parts, linear->packed};
+        runtime->pool.run({{task.shape.panels, [&](std::int64_t panel, int) { kernel(task, panel); }}});
+    });
+}
+
+// Parts: weights [part_rows[i], depth], side by side; gated: their first half are gates, the second half ups.
+TANDEM_EXPORT std::int32_t tandem_pack(Runtime* runtime, const TandemLinear* linear, const void* const* parts,
+                                       const std::int64_t* part_rows, std::int64_t num_parts) {
+    return over_panels(runtime, linear, parts, part_rows, num_parts, runtime->kernels.pack);
+}
+
+TANDEM_EXPORT std::int32_t tandem_unpack(Runtime* runtime, const TandemLinear* linear, void* const* parts,
+                                         const std::int64_t* part_rows, std::int64_t num_parts) {
+    return over_panels(runtime, linear, parts, part_rows, num_parts, runtime->kernels.unpack);
+}
+
+TANDEM_EXPORT std::int32_t tandem_linear(Runtime* runtime, const TandemLinear* linear, std::int64_t rows,
+                                         float* inputs, std::int64_t input_stride, float* outputs,
+                                         std::int64_t output_stride, std::int32_t add_to_outputs) {
+    return guarded([&] {
+        Program program;
+        add_linear(program, *runtime, packed_linear(*linear), rows, {inputs, input_stride}, {outputs, output_stride},
+                   add_to_outputs != 0);
+        runtime->pool.run(program);
+    });
+}
+
+TANDEM_EXPORT std::int32_t tandem_rms_norm(Runtime* runtime, std::int64_t rows, std::int64_t width, float* residual,
+                                           std::int64_t residual_stride, const float* delta,
+                                           std::int64_t delta_stride, const float* weight, float epsilon,
+                                           float* outputs) {
+    return guarded([&] {
+        Program program;
+        add_rms_norm(program, *runtime,
+                     {residual, residual_stride, delta, delta_stride, weight, outputs, width, rows, width, 0, epsilon});
+        runtime->pool.run(program);
+    });
+}
+
+TANDEM_EXPORT std::int32_t tandem_gated_silu(Runtime* runtime, std::int64_t rows, std::int64_t width,
+                                             const float* inputs, std::int64_t input_stride, float* outputs) {
+    return guarded([&] {
+        Program program;
+        add_gated_silu(program, *runtime, {inputs, input_stride, outputs, width, rows, width, 0});
+        runtime->pool.run(program);
+    });
+}
+
+// `packed`: null for a plain table [vocabulary, width]. 2 if a token id is not in the vocabulary.
+TANDEM_EXPORT std::int32_t tandem_embedding(Runtime* runtime, const void* table, std::int32_t element,
+                                            const TandemLinear* packed, std::int64_t vocabulary,
+                                            std::int64_t width, std::int64_t rows, const std::int64_t* token_ids,
+                                            float* outputs) {
+    for (std::int64_t row = 0; row < rows; ++row) {
+        if (token_ids[row] < 0 || token_ids[row] >= vocabulary) return 2;
+    }
+    return guarded([&] {
+        EmbeddingTask task{};
+        task.table = packed != nullptr ? packed->packed : table;
+        if (packed != nullptr) task.packed = packed_linear(*packed).shape;
+        task.element = static_cast<Element>(element);
+        task.width = width;
+        task.token_ids = token_ids;
+        task.outputs = outputs;
+        task.rows = rows;
+        Program program;
+        add_embedding(program, *runtime, task);
+        runtime->pool.run(program);
+    });
+}
+
+struct TandemPlan {
+    std::int64_t num_rows;
+    const std::int64_t* offsets;
+    const std::int64_t* starts;
+    const std::int64_t* positions;
+    const std::int64_t* slots;
+    const std::int64_t* page_table;
+    std::int64_t page_table_stride;
+    std::int64_t num_heads;
+    std::int64_t num_kv_heads;
+    std::int64_t head_dim;
+    void* pool;
+    std::int32_t pool_element;
+    float attention_factor;
+    std::int64_t num_layers;
+    std::int64_t page_tokens;
+    const float* frequencies;
+};
+
+// Copies what it is given, but for the pool; null if there is no memory.
+TANDEM_EXPORT Plan* tandem_begin(Runtime* runtime, const TandemPlan* plan) {
+    try {
+        const PlanRows rows{plan->num_rows, plan->offsets,    plan->starts,           plan->positions,
+                            plan->slots,    plan->page_table, plan->page_table_stride};
+        const Heads heads{plan->num_heads, plan->num_kv_heads, plan->head_dim};
+        const Pool pool{plan->pool,           static_cast<Element>(plan->pool_element), plan->num_layers,
+                        plan->num_kv_heads,   plan->page_tokens,                        plan->head_dim};
+        return new Plan(*runtime, rows, heads, pool, plan->frequencies, plan->attention_factor);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+TANDEM_EXPORT void tandem_end(Plan* plan) { delete plan; }
+
+TANDEM_EXPORT std::int32_t tandem_rope_and_store(Plan* plan, std::int64_t layer, float* qkv, std::int64_t qkv_stride,
+                                                 const float* query_norm, const float* key_norm, float epsilon,
+                                                 float* queries) {
+    return guarded([&] {
+        const HeadNorms norms{query_norm, key_norm, epsilon};
+        Program program;
+        plan->add_rope_and_store(program, layer, {qkv, qkv_stride}, query_norm == nullptr ? nullptr : &norms, queries);
+        plan->runtime().pool.run(program);
+    });
+}
+
+// `window` 0: all positions.
+TANDEM_EXPORT std::int32_t tandem_attend(Plan* plan, std::int64_t layer, std::int64_t window, const float* queries,
+                                         float* outputs) {
+    return guarded([&] {
+        Program program;
+        plan->add_attend(program, layer, window, queries, outputs);
+        plan->runtime().pool.run(program);
+    });
+}
+
+// Bytes a second that all threads read together from `memory`, once over it.
+TANDEM_EXPORT double tandem_read_rate(Runtime* runtime, const void* memory, std::int64_t bytes) {
+    const std::int64_t piece = 1 << 18;  // floats
+    const std::int64_t pieces = bytes / 4 / piece;
+    std::vector<double> kept(static_cast<std::size_t>(runtime->pool.threads() * 16));
+    const auto began = std::chrono::steady_clock::now();
+    runtime->pool.run({{pieces, [&](std::int64_t task, int thread) {
+                            kept[static_cast<std::size_t>(thread * 16)] +=
+                                runtime->kernels.read(static_cast<const float*>(memory) + task * piece, piece);
+                        }}});
+    return static_cast<double>(pieces * piece * 4) / seconds_since(began);
+}
+
+// Floating-point operations a second of all threads in registers; `pairs`: by bf16 dot products.
+TANDEM_EXPORT double tandem_multiply_rate(Runtime* runtime, std::int64_t rounds, std::int32_t pairs) {
+    const std::int64_t tasks = runtime->pool.threads() * 8;
+    std::vector<double> flops(static_cast<std::size_t>(tasks));
+    const auto began = std::chrono::steady_clock::now();
+    runtime->pool.run({{tasks, [&](std::int64_t task, int) {
+                            flops[static_cast<std::size_t>(task)] = runtime->kernels.multiply(rounds, pairs != 0);
+                        }}});
+    const double seconds = seconds_since(began);
+    double total = 0.0;
+    for (const double part : flops) total += part;
+    return total / seconds;
+}
+
+}  // extern "C"

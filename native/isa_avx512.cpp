@@ -1,0 +1,13 @@
+// The kernels for AVX-512 without bf16 instructions; bit for bit those of AVX2.
+#include "attention_kernels.hpp"
+#include "probes.hpp"
+
+namespace {
+double multiply(std::int64_t rounds, bool) { return multiply_floats(rounds); }
+}  // namespace
+
+const tandem::Kernels tandem::kKernelsAvx512 = {
+    "avx512",        kStripRows,      false,      96,                  pack_panel,  unpack_panel, strip_of_floats,
+    linear_of_floats, rms_norm_rows,  gated_silu_rows, embed_rows,     rope_and_store_rows, attend_tile, merge_tile,
+    read_memory,     multiply,
+};

@@ -1,0 +1,118 @@
+#include "pool.hpp"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <climits>
+
+namespace tandem {
+namespace {
+
+constexpr int kPausesBeforeYield = 4096;  // somebody who is waited for may have lost its CPU to us
+
+inline void pause_briefly() { __builtin_ia32_pause(); }
+
+// Wait for a condition that another running thread is about to make true.
+template <class Condition>
+void wait_until(Condition condition) {
+    for (int pauses = 0; !condition(); ++pauses) {
+        pause_briefly();
+        if (pauses == kPausesBeforeYield) {
+            sched_yield();
+            pauses = 0;
+        }
+    }
+}
+
+void sleep_while(std::atomic<std::uint32_t>& word, std::uint32_t value) {
+    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void wake_all(std::atomic<std::uint32_t>& word) {
+    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads, std::int64_t spin_nanoseconds) : spin_nanoseconds_(spin_nanoseconds) {
+    workers_.reserve(static_cast<std::size_t>(threads > 1 ? threads - 1 : 0));
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+}
+
+ThreadPool::~ThreadPool() {
+    stopping_ = true;
+    ticket_ += 2;  // stays closed, and wakes who is about to sleep
+    wake_all(ticket_);
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(const std::vector<Phase>& phases) {
+    bool shared = false;
+    for (const Phase& phase : phases) shared = shared || phase.tasks > 1;
+    if (!shared || workers_.empty()) {
+        for (const Phase& phase : phases) {
+            for (std::int64_t task = 0; task < phase.tasks; ++task) phase.run(task, 0);
+        }
+        return;
+    }
+    if (progress_size_ < phases.size()) {
+        progress_size_ = phases.size() * 2;
+        progress_ = std::make_unique<Progress[]>(progress_size_);
+    }
+    for (std::size_t i = 0; i < phases.size(); ++i) {
+        progress_[i].next.store(0, std::memory_order_relaxed);
+        progress_[i].done.store(0, std::memory_order_relaxed);
+    }
+    phases_ = &phases;
+    ticket_.fetch_add(1);
+    if (sleeping_.load() > 0) wake_all(ticket_);
+    work(0);
+    ticket_.fetch_add(1);
+    wait_until([this] { return joined_.load() == 0; });
+}
+
+void ThreadPool::work(int thread) {
+    const std::vector<Phase>& phases = *phases_;
+    for (std::size_t i = 0; i < phases.size(); ++i) {
+        Progress& progress = progress_[i];
+        const std::int64_t tasks = phases[i].tasks;
+        for (;;) {
+            const std::int64_t task = progress.next.fetch_add(1, std::memory_order_relaxed);
+            if (task >= tasks) break;
+            phases[i].run(task, thread);
+            progress.done.fetch_add(1, std::memory_order_release);
+        }
+        wait_until([&] { return progress.done.load(std::memory_order_acquire) == tasks; });
+    }
+}
+
+void ThreadPool::serve(int thread) {
+    using Clock = std::chrono::steady_clock;
+    std::uint32_t served = 0;
+    Clock::time_point idle_since = Clock::now();
+    for (int pauses = 0; !stopping_;) {
+        const std::uint32_t ticket = ticket_.load();
+        if (ticket % 2 == 1 && ticket != served) {
+            joined_.fetch_add(1);
+            // Once joined, an open program stays until we leave; it may have closed just before.
+            if (ticket_.load() == ticket) work(thread);
+            joined_.fetch_sub(1);
+            served = ticket;
+            idle_since = Clock::now();
+            pauses = 0;
+            continue;
+        }
+        pause_briefly();
+        if (++pauses % 64 != 0) continue;
+        if (Clock::now() - idle_since < std::chrono::nanoseconds(spin_nanoseconds_)) continue;
+        sleeping_.fetch_add(1);
+        if (!stopping_) sleep_while(ticket_, ticket);
+        sleeping_.fetch_sub(1);
+        idle_since = Clock::now();
+    }
+}
+
+}  // namespace tandem

@@ -1,0 +1,43 @@
+"""`tandem doctor`: each absence names what is lost and the command that brings it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+import pytest
+
+from tandem.cli import doctor
+
+
+def test_here_it_runs() -> None:
+    lines, code = doctor.report()
+    assert code == 0
+    assert {line.split()[1] for line in lines if line.startswith(("ok", "lost"))} == {
+        *("python", "torch", "CPU", "memory", "libibverbs1", "mooncake", "RDMA")
+    }
+
+
+def test_missing_libibverbs_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    absence = "libibverbs.so.1 is missing (apt-get install libibverbs1)"
+    monkeypatch.setattr(doctor, "mooncake_absence", lambda: absence)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    text = "\n".join(doctor.report()[0])
+    assert "sudo apt-get install -y libibverbs1" in text
+    assert "plain TCP works" in text
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert "sudo" not in "\n".join(doctor.report()[0])
+
+
+def test_without_torch_no_worker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def absent(name: str) -> str:
+        if name == "torch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    lines, code = doctor.report()
+    assert code == 1
+    assert any(line.startswith("broken") and "tandem-serve[cpu]" in line for line in lines)

@@ -1,0 +1,228 @@
+"""A rank as the tests see it: a pool with known bytes, and a transfer process, real or in this process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from tandem.config import HandoffConfig, TransferConfig
+from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.transfer import (
+    CancelPull,
+    Export,
+    Exported,
+    Pull,
+    PullEnded,
+    Revoke,
+    Revoked,
+    TransferReady,
+)
+from tandem.transfer.layout import KvLayout
+from tandem.transfer.memory import PoolMemory
+from tandem.transfer.pages import PageSpace
+from tandem.transfer.process import TransferProcess
+from tandem.transfer.service import Service
+from tests.fakes.transport_loopback import LOOPBACK, LoopbackExporter, LoopbackImporter
+
+PROGRESS_SECONDS = 1.0
+WAIT_SECONDS = 20.0
+Outcome = TypeVar("Outcome")
+_tickets = itertools.count(1)
+
+
+def layout_of(num_pages: int, page_bytes: int) -> KvLayout:
+    return KvLayout(
+        num_pages=num_pages, num_layers=1, num_kv_heads=1, page_tokens=1, head_dim=page_bytes // 8, dtype="float32"
+    )
+
+
+class Pipe(Protocol):
+    """Commands in, outcomes out."""
+
+    def send(self, command: object) -> None: ...
+    def receive(self, seconds: float) -> list[Any]: ...
+    def stop(self) -> None: ...
+
+
+class ProcessPipe:
+    """A real transfer process."""
+
+    def __init__(self, config: TransferConfig, handoff: HandoffConfig, memory: PoolMemory, layout: KvLayout) -> None:
+        self.process = TransferProcess.spawn(config, handoff, memory, layout, "127.0.0.1")
+
+    def send(self, command: object) -> None:
+        self.process.channel.send(command)
+        self.process.channel.flush()
+
+    def receive(self, seconds: float) -> list[Any]:
+        channel = self.process.channel
+        channel.flush()
+        sinks = [channel] if channel.pending_bytes else []
+        readable, _, _ = select.select([channel], sinks, [], seconds)
+        return channel.receive() if readable else []
+
+    def stop(self) -> None:
+        self.process.stop()
+
+
+class LoopbackPipe:
+    """The same service in this process, over the loopback transport."""
+
+    def __init__(self, memory: PoolMemory, layout: KvLayout) -> None:
+        space = PageSpace(memory.view, layout.page_bytes)
+        self._outcomes: queue.Queue[Any] = queue.Queue()
+        exporter = LoopbackExporter(os.urandom(16))
+        importers = {LOOPBACK: LoopbackImporter(space)}
+        self._service = Service(space, [exporter], importers, self._outcomes.put)
+        self._outcomes.put(TransferReady(exporter.endpoint.instance_id, (exporter.endpoint,), (LOOPBACK,)))
+
+    def send(self, command: Any) -> None:
+        self._service.handle(command)
+
+    def receive(self, seconds: float) -> list[Any]:
+        try:
+            return [self._outcomes.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+
+    def stop(self) -> None:
+        self._service.close()
+
+
+class Peer:
+    """Owns the pool. `rows[page]` are its bytes."""
+
+    def __init__(
+        self,
+        transport: str,
+        num_pages: int = 64,
+        page_bytes: int = 32 << 10,
+        seed: int = 0,
+        config: TransferConfig | None = None,
+        handoff: HandoffConfig | None = None,
+    ) -> None:
+        self.layout = layout_of(num_pages, page_bytes)
+        self.memory = PoolMemory.create(self.layout.pool_bytes)
+        self.rows = PageSpace(self.memory.view, page_bytes).rows
+        self.rows[:] = np.random.default_rng(seed).integers(0, 256, self.rows.shape, dtype=np.uint8)
+        self.transport = transport
+        self._config = config or TransferConfig(trusted_network=True, connections=2)
+        self._handoff = handoff or HandoffConfig(progress_seconds=PROGRESS_SECONDS, connect_seconds=PROGRESS_SECONDS)
+        self._unclaimed: list[Any] = []
+        self.start()
+
+    def start(self) -> None:
+        """Spawn the transfer process, also again after it died."""
+        if self.transport == LOOPBACK:
+            self.pipe: Pipe = LoopbackPipe(self.memory, self.layout)
+        else:
+            config = replace(self._config, transport=self.transport)  # type: ignore[arg-type]
+            self.pipe = ProcessPipe(config, self._handoff, self.memory, self.layout)
+        self.ready = self.wait(TransferReady)
+
+    @property
+    def pid(self) -> int:
+        assert isinstance(self.pipe, ProcessPipe)
+        return self.pipe.process.pid
+
+    @property
+    def endpoint(self) -> RankEndpoint:
+        return self.ready.endpoints[0]
+
+    def close(self) -> None:
+        self.pipe.stop()
+        self.memory.close()
+
+    # ---- outcomes -------------------------------------------------------------------------------------------------
+
+    def wait(
+        self, kind: type[Outcome], matches: Callable[[Outcome], bool] = lambda _: True, seconds: float = WAIT_SECONDS
+    ) -> Outcome:
+        """Return the next outcome that matches; others are kept for later."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for outcome in self._unclaimed:
+                if isinstance(outcome, kind) and matches(outcome):
+                    self._unclaimed.remove(outcome)
+                    return outcome
+            left = deadline - time.monotonic()
+            assert left > 0, f"no {kind.__name__} within {seconds} s; got {self._unclaimed}"
+            self._unclaimed += self.pipe.receive(left)
+
+    def drain(self, seconds: float) -> list[Any]:
+        """Return all that has come, and comes within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._unclaimed += self.pipe.receive(left)
+        taken, self._unclaimed = self._unclaimed, []
+        return taken
+
+    # ---- commands -------------------------------------------------------------------------------------------------
+
+    def export(
+        self, handoff_id: bytes, pages: Sequence[int], attempt: int = 1, token: bytes = b"token", first_ordinal: int = 0
+    ) -> Shared:
+        self.pipe.send(Export(handoff_id, attempt, token, first_ordinal, tuple(pages)))
+        exported = self.wait(Exported, lambda outcome: outcome.handoff_id == handoff_id)
+        assert (exported.attempt, exported.first_ordinal) == (attempt, first_ordinal)
+        return Shared(self, handoff_id, attempt, token, list(pages), first_ordinal, exported.checksums)
+
+    def revoke(self, handoff_id: bytes) -> None:
+        self.pipe.send(Revoke(handoff_id))
+        self.wait(Revoked, lambda outcome: outcome.handoff_id == handoff_id)
+
+    def begin_pull(self, shared: Shared, pages: Sequence[int], **changes: Any) -> int:
+        """Pull everything shared into `pages`; returns the ticket. `changes` replace fields of Pull."""
+        ticket = next(_tickets)
+        pull = Pull(
+            ticket=ticket,
+            endpoint=shared.owner.endpoint,
+            handoff_id=shared.handoff_id,
+            attempt=shared.attempt,
+            token=shared.token,
+            ordinals=tuple(range(shared.first_ordinal, shared.first_ordinal + len(shared.pages))),
+            checksums=shared.checksums,
+            remote_pages=np.array(shared.pages, dtype="<u4").tobytes(),
+            pages=tuple(pages),
+        )
+        self.pipe.send(replace(pull, **changes))
+        return ticket
+
+    def end_pull(self, ticket: int, seconds: float = WAIT_SECONDS) -> PullEnded:
+        return self.wait(PullEnded, lambda outcome: outcome.ticket == ticket, seconds)
+
+    def pull(self, shared: Shared, pages: Sequence[int], **changes: Any) -> PullEnded:
+        return self.end_pull(self.begin_pull(shared, pages, **changes))
+
+    def cancel(self, ticket: int) -> None:
+        self.pipe.send(CancelPull(ticket))
+
+
+class Shared:
+    """What a peer exported: everything that an importer learns from the control stream."""
+
+    def __init__(
+        self,
+        owner: Peer,
+        handoff_id: bytes,
+        attempt: int,
+        token: bytes,
+        pages: list[int],
+        first_ordinal: int,
+        checksums: bytes,
+    ) -> None:
+        self.owner = owner
+        self.handoff_id = handoff_id
+        self.attempt = attempt
+        self.token = token
+        self.pages = pages
+        self.first_ordinal = first_ordinal
+        self.checksums = checksums

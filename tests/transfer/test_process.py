@@ -1,0 +1,184 @@
+"""The transfer process itself: how it starts, dies, is replaced, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tandem.config import TransferConfig
+from tandem.core.messages.transfer import Export, Exported, PullEnded, PullStatus
+from tandem.ipc import ChannelClosed
+from tests.transfer.conftest import PROCESS_TRANSPORTS, NewPeer
+from tests.transfer.peer import Peer
+
+
+def kill(peer: Peer) -> None:
+    """Kill the transfer process, and see it go as the rank does."""
+    os.kill(peer.pid, signal.SIGKILL)
+    with pytest.raises(ChannelClosed):
+        peer.wait(PullEnded, seconds=5)
+    peer.pipe.stop()
+
+
+@pytest.mark.parametrize("transport", PROCESS_TRANSPORTS)
+def test_ready_names_a_fresh_instance_and_what_it_can_do(transport: str, new_peer: NewPeer) -> None:
+    peers = [new_peer(transport) for _ in range(2)]
+    for peer in peers:
+        assert len(peer.ready.instance_id) == 16
+        assert peer.ready.endpoints[0].transport == transport
+        assert {endpoint.instance_id for endpoint in peer.ready.endpoints} == {peer.ready.instance_id}
+        assert peer.ready.imports == tuple(dict.fromkeys([transport, "tcp"]))
+    assert peers[0].ready.instance_id != peers[1].ready.instance_id
+
+
+def test_strict_offers_no_second_transport(new_peer: NewPeer) -> None:
+    pytest.importorskip("mooncake")
+    peer = new_peer("mooncake-tcp", config=TransferConfig(trusted_network=True, strict=True))
+    if not peer.ready.endpoints:
+        pytest.skip("; ".join(peer.ready.notes))
+    assert [endpoint.transport for endpoint in peer.ready.endpoints] == ["mooncake-tcp"]
+    assert peer.ready.imports == ("mooncake-tcp",)
+
+
+def test_the_self_test_leaves_the_pool_alone(new_peer: NewPeer) -> None:
+    peer = new_peer("tcp", seed=5)
+    expected = np.random.default_rng(5).integers(0, 256, peer.rows.shape, dtype=np.uint8)
+    assert np.array_equal(peer.rows, expected)
+
+
+def test_a_port_in_use_is_a_note_and_no_crash(new_peer: NewPeer) -> None:
+    first = new_peer("tcp")
+    port = int(first.endpoint.address.rpartition(":")[2])
+    second = new_peer("tcp", config=TransferConfig(port=port))
+    assert (second.ready.endpoints, second.ready.imports) == ((), ())
+    assert "cannot listen" in second.ready.notes[0]
+
+
+@pytest.mark.parametrize("transport", PROCESS_TRANSPORTS)
+def test_both_sides_can_be_killed_and_spawned_again(transport: str, new_peer: NewPeer) -> None:
+    exporter, importer = new_peer(transport, seed=1), new_peer(transport, seed=2)
+    shared = exporter.export(b"handoff", range(10))
+    assert importer.pull(shared, range(10)).status is PullStatus.DONE
+    kill(importer)
+    importer.rows[:] = 0
+    importer.start()
+    assert importer.pull(shared, range(10)).status is PullStatus.DONE  # the same memory
+    assert np.array_equal(importer.rows[:10], exporter.rows[:10])
+    old = exporter.endpoint
+    kill(exporter)
+    assert importer.pull(shared, range(10), endpoint=old).status is PullStatus.FAILED
+    exporter.start()
+    assert exporter.endpoint.instance_id != old.instance_id
+    again = exporter.export(b"handoff", range(10, 20))
+    assert importer.pull(again, range(10)).status is PullStatus.DONE
+    assert np.array_equal(importer.rows[:10], exporter.rows[10:20])
+
+
+def test_stop_is_quick_also_under_load_and_when_stopped(new_peer: NewPeer) -> None:
+    exporter, importer = new_peer("tcp", num_pages=1024), new_peer("tcp", num_pages=1024)
+    importer.begin_pull(exporter.export(b"handoff", range(1024)), range(1024))
+    os.kill(exporter.pid, signal.SIGSTOP)
+    for peer, most in ((importer, 1.0), (exporter, 3.0)):
+        start = time.monotonic()
+        pid = peer.pid
+        peer.pipe.stop()
+        assert time.monotonic() - start < most
+        assert not psutil.pid_exists(pid)
+
+
+def test_it_ends_when_the_rank_dies() -> None:
+    """Killed, so that nobody closes anything in order."""
+    script = (
+        "import time\n"
+        "from tests.transfer.peer import Peer\n"
+        "peer = Peer('tcp')\n"
+        "print(peer.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert rank.stdout is not None
+    child = psutil.Process(int(rank.stdout.readline()))
+    rank.kill()
+    rank.wait()
+    rank.stdout.close()
+    _, alive = psutil.wait_procs([child], timeout=5)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)  # where nobody reaps orphans
+
+
+def test_signals_of_the_terminal_do_not_end_it(new_peer: NewPeer) -> None:
+    exporter, importer = new_peer("tcp"), new_peer("tcp")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(exporter.pid, number)
+    assert importer.pull(exporter.export(b"handoff", range(5)), range(5)).status is PullStatus.DONE
+
+
+def test_it_has_no_other_descriptor_of_the_rank(new_peer: NewPeer) -> None:
+    with open(os.devnull, "rb") as stranger:
+        os.set_inheritable(stranger.fileno(), True)
+        peer = new_peer("tcp")
+        names = {os.readlink(f"/proc/{peer.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{peer.pid}/fd")}
+    assert sum("tandem-kv-pool" in name for name in names) == 1
+    assert len([name for name in names if name == os.devnull]) <= 1  # its standard input
+
+
+def test_it_does_not_block_when_nobody_reads_its_outcomes(new_peer: NewPeer) -> None:
+    exporter = new_peer("tcp", num_pages=2048, page_bytes=512)
+    for number in range(200):
+        exporter.pipe.send(Export(number.to_bytes(8, "little"), 1, b"token", 0, tuple(range(2048))))
+    for _ in range(200):
+        exporter.wait(Exported)
+
+
+@pytest.mark.parametrize("transport", PROCESS_TRANSPORTS)
+def test_a_thousand_handoffs_leak_nothing(transport: str, new_peer: NewPeer) -> None:
+    exporter, importer = new_peer(transport, page_bytes=4096), new_peer(transport, page_bytes=4096)
+
+    def hand_off(number: int) -> None:
+        shared = exporter.export(number.to_bytes(16, "little"), [number % 64, (number + 9) % 64])
+        ticket = importer.begin_pull(shared, [1, 2])
+        if number % 10 == 3:
+            importer.cancel(ticket)
+        ended = importer.end_pull(ticket)
+        assert ended.status in (PullStatus.DONE, PullStatus.CANCELLED)
+        exporter.revoke(shared.handoff_id)
+
+    def usage() -> list[tuple[int, int]]:
+        found = []
+        for peer in (exporter, importer):
+            process = psutil.Process(peer.pid)
+            found.append((process.num_fds(), process.num_threads()))
+        return found
+
+    for number in range(20):
+        hand_off(number)
+    time.sleep(0.3)
+    before = usage()
+    for number in range(1000):
+        hand_off(number)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and any(now > then for now, then in zip(usage(), before, strict=True)):
+        time.sleep(0.1)
+    lanes = 8 if transport != "tcp" else 1  # Mooncake opens its connections as it pleases, up to four a peer
+    for now, then in zip(usage(), before, strict=True):
+        assert now[0] <= then[0] + lanes
+        assert now[1] <= then[1] + 1
+    assert not [outcome for outcome in importer.drain(0.05) if isinstance(outcome, PullEnded)]
+
+
+def test_idle_it_uses_no_time(new_peer: NewPeer) -> None:
+    exporter, importer = new_peer("tcp"), new_peer("tcp")
+    assert importer.pull(exporter.export(b"handoff", range(5)), range(5)).status is PullStatus.DONE
+    before = [psutil.Process(peer.pid).cpu_times() for peer in (exporter, importer)]
+    select.select([], [], [], 0.5)
+    for peer, then in zip((exporter, importer), before, strict=True):
+        now = psutil.Process(peer.pid).cpu_times()
+        assert now.user + now.system - then.user - then.system <= 0.02
