@@ -27,7 +27,7 @@ Plan::Plan(Runtime& runtime, const PlanRows& rows, const Heads& heads, const Poo
       starts_(rows.starts, rows.starts + rows.num_rows),
       slots_(rows.slots, rows.slots + tokens_),
       page_table_(rows.page_table, rows.page_table + rows.num_rows * rows.page_table_stride) {
-    compute_angles(frequencies, attention_factor, rows.positions);
+    if (tokens_ > 0) compute_angles(frequencies, attention_factor, rows.positions);
 }
 
 void Plan::compute_angles(const float* frequencies, float attention_factor, const std::int64_t* positions) {
@@ -52,6 +52,7 @@ void Plan::compute_angles(const float* frequencies, float attention_factor, cons
 
 void Plan::add_rope_and_store(Program& program, std::int64_t layer, Matrix qkv, const HeadNorms* norms,
                               float* queries) {
+    if (tokens_ == 0) return;
     RopeTask task{};
     task.heads = heads_;
     task.pool = pool_;
@@ -130,6 +131,7 @@ const Plan::Tiles& Plan::tiles(std::int64_t window) {
 
 void Plan::add_attend(Program& program, std::int64_t layer, std::int64_t window, const float* queries,
                       float* outputs) {
+    if (tokens_ == 0) return;
     const Tiles& cut = tiles(window);
     AttendTask task{};
     task.heads = heads_;

@@ -27,6 +27,7 @@ std::int64_t packed_bytes(const PackedShape& shape) {
 
 void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, std::int64_t rows, Matrix inputs,
                 Matrix outputs, bool add_to_outputs) {
+    if (rows == 0 || linear.shape.panels == 0) return;
     const Kernels& kernels = runtime.kernels;
     const PackedShape& shape = linear.shape;
     const bool pairs = kernels.pairs && shape.element == Element::kBfloat16;
@@ -68,18 +69,21 @@ void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, 
 }
 
 void add_rms_norm(Program& program, Runtime& runtime, NormTask task) {
+    if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, task.width, runtime.pool.threads());
     program.push_back({ceil_div(task.rows, task.rows_per_task),
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.rms_norm(task, number); }});
 }
 
 void add_gated_silu(Program& program, Runtime& runtime, SiluTask task) {
+    if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, 4 * task.width, runtime.pool.threads());
     program.push_back({ceil_div(task.rows, task.rows_per_task),
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.gated_silu(task, number); }});
 }
 
 void add_embedding(Program& program, Runtime& runtime, EmbeddingTask task) {
+    if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, 4 * task.width, runtime.pool.threads());
     program.push_back({ceil_div(task.rows, task.rows_per_task),
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.embedding(task, number); }});

@@ -6,7 +6,7 @@ import pytest
 
 from tandem.config import SchedulerConfig
 from tandem.core.messages.handoff import OpenStream
-from tandem.core.messages.requests import EndReason, Tokens
+from tandem.core.messages.requests import Cancel, EndReason, Tokens
 from tandem.core.messages.sampling import TokenLogprob
 from tests.core.import_rig import ImportRig, peer
 from tests.core.rig import Rig, of_type, prompt_of
@@ -58,6 +58,14 @@ def test_prompt_logprobs_bypass_the_prefix_cache() -> None:
     assert rows[3].start == 0
     rig.run()
     assert of_type(rig.heard, Tokens)[-1].prompt_logprobs == EXPECTED
+
+
+def test_a_part_of_the_prompts_logprobs_is_told_nobody() -> None:
+    rig = Rig(scheduler=SchedulerConfig(budget_tokens=3))
+    rig.submit(1, PROMPT, 0, prompt_logprobs=0)
+    rig.step()
+    rig.send(Cancel(1))
+    assert rig.ended(1).prompt_logprobs == ()
 
 
 def test_resumed_request_with_prompt_logprobs_reports_the_prompt_only() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 START_SECONDS = 120.0
@@ -170,7 +171,19 @@ class Service:
         self.programs.append(program)
         program.wait_ready()
         wait_serving(program.address)
+        self._wait_workers(program, len(prefills), len(decodes))
         return program
+
+    def _wait_workers(self, gateway: Program, num_prefill: int, num_decode: int) -> None:
+        """A gateway serves as soon as one decode worker is there; these tests want all of them."""
+        stub = self.stub(gateway)
+        deadline = time.monotonic() + 20.0
+        while True:
+            (model,) = stub.ListModels(pb.ListModelsRequest(), timeout=20).models
+            if model.ready_prefill_workers == num_prefill and model.ready_decode_workers == num_decode:
+                return
+            assert time.monotonic() < deadline, f"{model}\n{gateway.log()}"
+            time.sleep(0.02)
 
     def stub(self, gateway: Program) -> InferenceServiceStub:
         channel = grpc.insecure_channel(gateway.address)

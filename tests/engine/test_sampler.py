@@ -105,6 +105,7 @@ def test_chunks_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         {"top_k": 20, "top_p": 0.6, "min_p": 0.01, "temperature": 1.7},
         {"top_k": 400, "top_p": 0.99, "temperature": 5.0},
         {"top_k": 300, "top_p": 0.4, "temperature": 3.0},
+        {"top_k": 250, "temperature": 9.0},
     ],
     ids=str,
 )

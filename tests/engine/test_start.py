@@ -65,17 +65,26 @@ def test_pool_that_is_too_small(tmp_path: Path, start: EngineStarter) -> None:
 
 
 def test_pool_sizes() -> None:
-    assert sized_layout(PAGE, CacheConfig(pool_bytes=PAGE.page_bytes * 5 + 1), 0).num_pages == 5
+    assert sized_layout(PAGE, CacheConfig(pool_bytes=PAGE.page_bytes * 5 + 1), 1 << 40).num_pages == 5
     share = CacheConfig(memory_fraction=0.5, pool_bytes_max=1 << 40)
     assert sized_layout(PAGE, share, PAGE.page_bytes * 20).num_pages == 10
     bounded = CacheConfig(memory_fraction=0.5, pool_bytes_max=PAGE.page_bytes * 6)
     assert sized_layout(PAGE, bounded, PAGE.page_bytes * 1000).num_pages == 6
     with pytest.raises(ConfigError, match=r"cache.memory_fraction of the free memory: .* holds 3 pages"):
         sized_layout(PAGE, share, PAGE.page_bytes * 7)
+    with pytest.raises(ConfigError, match=r"cache.pool_bytes: 90000 asked for, 80000 bytes of memory are free"):
+        sized_layout(PAGE, CacheConfig(pool_bytes=90_000), 80_000)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, start: EngineStarter, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(QWEN2, tmp_path)
+    monkeypatch.setattr(start_module, "available_memory_bytes", lambda: 100_000)
+    with pytest.raises(ConfigError, match=r"the weights take 0.00 GB, 0.00 GB of memory are free"):
+        start(tmp_path)
 
 
 def test_pool_view_is_the_shared_memory() -> None:
-    layout = sized_layout(PAGE, CacheConfig(pool_bytes=PAGE.page_bytes * 4), 0)
+    layout = sized_layout(PAGE, CacheConfig(pool_bytes=PAGE.page_bytes * 4), 1 << 40)
     memory = PoolMemory.create(layout.pool_bytes)
     pool = host_pool(memory, layout)
     pool[2] = torch.arange(pool[2].numel(), dtype=torch.float32).view(pool[2].shape)

@@ -34,14 +34,12 @@ class HashDevice:
         self._queue: deque[Plan] = deque()
         self._busy = False
         self.unresolved = 0
-        self.samples: list[tuple[int, int]] = []  # (request_id, output_index) in launch order
+        self.in_flight: dict[int, set[int]] = {}  # by plan: the pages that it may touch until it has resolved
         self.alive = True
 
     def launch(self, plan: Plan) -> None:
         self.unresolved += 1
-        for row in plan.rows:
-            if row.sample is not None:
-                self.samples.append((row.request_id, row.sample.output_index))
+        self.in_flight[plan.plan_id] = {page for row in plan.rows for page in row.pages}
         self._queue.append(plan)
         if not self._busy:
             self._start()
@@ -61,6 +59,7 @@ class HashDevice:
             if self._queue:
                 self._start()
             self.unresolved -= 1
+            del self.in_flight[plan.plan_id]
             self._deliver(PlanResolved(plan.plan_id, tuple(results), seconds))
 
         self._later(seconds, finish)
@@ -93,6 +92,7 @@ class HashDevice:
             logprobs = tuple(TokenLogprob(token, -1.0) for token in following)
         if row.sample is None:
             return RowResult(prompt_logprobs=logprobs)
-        token = oracle.next_token(total, row.sample.params.seed, row.sample.output_index)
+        sample = row.sample
+        token = oracle.draw(total, sample.params.seed, sample.output_index, sample.banned, sample.history)
         self._last[row.slot] = token
         return RowResult(token, TokenLogprob(token, -0.5), logprobs)

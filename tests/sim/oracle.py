@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tandem.core.messages.sampling import SamplingParams
+
 _MASK = (1 << 61) - 1
 VOCABULARY = 97
 
@@ -22,8 +24,13 @@ def slot_value(token: int, position: int, prefix_sum: int) -> int:
     return mix(mix(token + 1, position + 1), prefix_sum) | 1
 
 
-def next_token(prefix_sum: int, seed: int, output_index: int) -> int:
-    return mix(mix(prefix_sum, seed + 1), output_index + 1) % VOCABULARY
+def draw(prefix_sum: int, seed: int, output_index: int, banned: Sequence[int], history: Sequence[int]) -> int:
+    value = mix(mix(prefix_sum, seed + 1), output_index + 1)
+    for token in history:
+        value = mix(value, token + 1)
+    while value % VOCABULARY in banned:
+        value = mix(value, 1)
+    return value % VOCABULARY
 
 
 def page_checksum(slots: Sequence[int]) -> int:
@@ -33,14 +40,16 @@ def page_checksum(slots: Sequence[int]) -> int:
     return total
 
 
-def reference(prompt: Sequence[int], seed: int, max_tokens: int, eos: int, max_context: int) -> list[int]:
+def reference(prompt: Sequence[int], sampling: SamplingParams, eos: int, max_context: int) -> list[int]:
     """Return the output of an undisturbed single run."""
     total = 0
     for position, token in enumerate(prompt):
         total = (total + slot_value(token, position, total)) & _MASK
     output: list[int] = []
-    while len(output) < max_tokens and len(prompt) + len(output) < max_context:
-        token = next_token(total, seed, len(output))
+    while len(output) < sampling.max_tokens and len(prompt) + len(output) < max_context:
+        banned = (eos,) if len(output) < sampling.min_tokens else ()
+        history = (*prompt, *output) if sampling.needs_history else ()
+        token = draw(total, sampling.seed, len(output), banned, history)
         output.append(token)
         if token == eos:
             break

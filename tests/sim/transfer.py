@@ -54,6 +54,8 @@ class SimTransfer:
         self._faults = faults
         self.served: dict[bytes, Served] = {}
         self._cancelled: set[int] = set()
+        self._written: dict[int, tuple[int, ...]] = {}  # by pull: pages, until its end has been said
+        self._promised: dict[bytes, set[int]] = {}  # by hand-off: pages, until the revocation has been acknowledged
         self._pipes: dict[str, deque[Callable[[], None]]] = {"command": deque(), "outcome": deque()}
         self.instance_id = b""
         self.alive = False
@@ -72,6 +74,8 @@ class SimTransfer:
         self._directory.pop(self.instance_id, None)
         self.instance_id = b""
         self.served.clear()
+        self._written.clear()
+        self._promised.clear()
         if restart_seconds is None:
             self.stopped = True
             return
@@ -82,15 +86,34 @@ class SimTransfer:
         if not self.alive:
             return  # into a closed pipe
         life = self.instance_id
+        if isinstance(command, Export):
+            self._promised.setdefault(command.handoff_id, set()).update(command.pages)
+        if isinstance(command, Pull):
+            self._written[command.ticket] = command.pages
         if isinstance(command, CancelPull):
             self._cancelled.add(command.ticket)
             return
         action = {Export: self._export, Revoke: self._revoke, Pull: self._pull}[type(command)]
         self._in_order("command", lambda: action(command) if self.instance_id == life else None)  # type: ignore[operator]
 
-    def _say(self, outcome: object) -> None:
+    def pages_written(self) -> set[int]:
+        """Pages that a pull of this life may still write into, for all that the rank has been told."""
+        return {page for pages in self._written.values() for page in pages}
+
+    def pages_served(self) -> set[int]:
+        """Pages that a peer may still read, for all that the rank has been told."""
+        return {page for pages in self._promised.values() for page in pages}
+
+    def _say(self, outcome: Exported | Revoked) -> None:
         life = self.instance_id
-        self._in_order("outcome", lambda: self._deliver(outcome) if self.instance_id == life else None)
+
+        def arrive() -> None:
+            if self.instance_id == life:
+                if isinstance(outcome, Revoked):
+                    self._promised.pop(outcome.handoff_id, None)
+                self._deliver(outcome)
+
+        self._in_order("outcome", arrive)
 
     def _in_order(self, direction: str, action: Callable[[], None]) -> None:
         """A pipe: later, but never before what was put in earlier."""
@@ -164,6 +187,7 @@ class SimTransfer:
                 status = PullStatus.CANCELLED
             else:
                 status = PullStatus.MISMATCH if bad else PullStatus.DONE
+            del self._written[command.ticket]
             self._deliver(
                 PullEnded(
                     ticket=command.ticket,

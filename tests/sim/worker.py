@@ -12,6 +12,7 @@ from tandem.core.scheduler import Scheduler, Tick
 from tandem.core.settings import SchedulerSettings
 from tests.sim.device import HashDevice
 from tests.sim.transfer import SimTransfer
+from tests.sim.watch import Watch
 
 if TYPE_CHECKING:
     from tests.sim.client import Client
@@ -47,17 +48,18 @@ class SimWorker:
         )
         self.depth = loop.depth
         self.scheduler = Scheduler(settings, lambda: world.random.randbytes(16))
-        garbage = [[world.random.getrandbits(60) for _ in range(options.page_tokens)] for _ in range(num_pages)]
+        self.pool = [[world.random.getrandbits(60) for _ in range(options.page_tokens)] for _ in range(num_pages)]
         seconds = options.prefill_seconds_per_token if role == "prefill" else options.decode_seconds_per_token
-        self.device = HashDevice(world.random, self.scheduler, garbage, world.later, self.event, seconds)
+        self.device = HashDevice(world.random, self.scheduler, self.pool, world.later, self.event, seconds)
         self.transfer = SimTransfer(
             world.random,
-            garbage,
+            self.pool,
             world.later,
             self.event,
             world.directory,
             options.faults,  # type: ignore[arg-type]
         )
+        self.watch = Watch(self)
         self.clients: dict[int, Client] = {}
         self._num_streams = 0
         self._timer_at: float | None = None
@@ -78,16 +80,15 @@ class SimWorker:
             return
         self.world.log(f"{self.name} <- {event}")
         now = self.world.now
+        check = self.watch.expects(event)
         self.scheduler.handle(event, now)
+        if check is not None:
+            check()
         while self.device.unresolved <= self.depth and (plan := self.scheduler.plan(now)):
-            for row in plan.rows:
-                request = self.scheduler._ledger.requests[row.request_id]
-                known = request.num_outputs
-                assert row.sample is None or row.sample.output_index >= known, "a known token is sampled again"
+            self.watch.planned(plan)
             self.device.launch(plan)
         faults = self.scheduler.self_check()
         assert not faults, faults
-        self._check_caps()
         for effect in self.scheduler.drain_effects():
             self.world.log(f"{self.name} -> {effect}")
             self._route(effect)
@@ -108,19 +109,6 @@ class SimWorker:
         elif self.alive:
             self._arm()
 
-    def _check_caps(self) -> None:
-        exporter = self.scheduler._exporter
-        if exporter is None:
-            return
-        by_importer: dict[bytes, list[int]] = {}
-        for export in exporter._book.live.values():
-            if export.pages:
-                by_importer.setdefault(export.importer, []).append(export.total_pages)
-        for importer, pages in by_importer.items():
-            assert sum(pages) == exporter._book.pinned(importer) - sum(
-                export.total_pages for export in exporter._book.revoking.values() if export.importer == importer
-            )
-
     # ---- effects --------------------------------------------------------------------------------------------------
 
     def _route(self, effect: object) -> None:
@@ -131,6 +119,7 @@ class SimWorker:
                 if client is not None:
                     client.hear(self, effect)
             case handoff.OpenStream():
+                world.seen["held prefix"] += effect.open.tokens_held > 0
                 world.open_stream(self, effect)
             case handoff.SendRelease():
                 world.release(self, effect.stream_id, effect.reason)
@@ -141,6 +130,7 @@ class SimWorker:
                 world.down(self, effect.stream_id, lambda stream: handoff.StreamAccepted(stream, accepted))
             case handoff.SendAnnounce():
                 announce = effect.announce
+                self.watch.announced(effect)
                 world.down(self, effect.stream_id, lambda stream: handoff.StreamAnnounced(stream, announce))
             case handoff.SendFirstToken():
                 first = effect.first_token

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
 from tandem.config import HandoffConfig, LoopName, SchedulerConfig
-from tandem.core.messages.handoff import EndCode, OpenReceived, OpenStream, ReleaseReceived, StreamClosed, StreamLost
+from tandem.core.messages.handoff import (
+    EndCode,
+    OpenReceived,
+    OpenStream,
+    ReleaseReason,
+    ReleaseReceived,
+    StreamClosed,
+    StreamLost,
+)
+from tandem.core.messages.requests import Drain
 from tests.sim.client import Client
 from tests.sim.transfer import SimTransfer
 from tests.sim.worker import SimWorker
+
+
+COUNTED = (
+    "discarded_rows",
+    "checksum_mismatches",
+    "failed_pulls",
+    "local_prefills",
+    "leases_started",
+    "leases_expired",
+    "prefix_hit_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +52,12 @@ class Options:
     budget_tokens: int = 16
     max_running: int = 8
     faults: float = 0.0
+    lost_releases: float = 0.0
     kills: int = 0
     transfer_kills: int = 0
     cancels: float = 0.0
+    deadlines: float = 0.0
+    drains: int = 0
     eos: int = 3
     max_context: int = 96
     prefill_seconds_per_token: float = 0.001
@@ -70,6 +94,7 @@ class World:
         self.options = options
         self.now = 0.0
         self.transcript: list[str] = []
+        self.seen: Counter[str] = Counter()  # what has happened in this run
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self.directory: dict[bytes, SimTransfer] = {}
@@ -78,6 +103,7 @@ class World:
         role: Literal["decode", "unified"] = "unified" if options.unified else "decode"
         self.prefills = [SimWorker(self, "prefill", options.prefill_loop) for _ in range(options.num_prefill)]
         self.decodes = [SimWorker(self, role, options.decode_loop) for _ in range(options.num_decode)]
+        self.retired: list[SimWorker] = []  # dead, or draining
         self.clients = [Client(self, number) for number in range(options.num_requests)]
 
     # ---- clock ----------------------------------------------------------------------------------------------------
@@ -96,6 +122,8 @@ class World:
             self.later(self.random.uniform(0.02, 0.6), self._kill_somebody)
         for _ in range(self.options.transfer_kills):
             self.later(self.random.uniform(0.02, 0.6), self._kill_a_transfer)
+        for _ in range(self.options.drains):
+            self.later(self.random.uniform(0.02, 0.6), self._drain_somebody)
         if self.options.faults:
             self.later(0.05, self._break_a_stream)
         while self._heap:
@@ -105,8 +133,10 @@ class World:
             action()
         stuck = [client for client in self.clients if not client.done]
         assert not stuck, f"stuck: {[(client.number, len(client.journal)) for client in stuck]}"
-        for worker in [*self.prefills, *self.decodes]:
+        for worker in [*self.prefills, *self.decodes, *self.retired]:
             worker.check_quiescent()
+            load = worker.scheduler.load(self.now)
+            self.seen.update({name: getattr(load, name) for name in COUNTED})
 
     def log(self, line: str) -> None:
         self.transcript.append(f"{self.now:9.5f} {line}")
@@ -116,7 +146,8 @@ class World:
     # ---- streams --------------------------------------------------------------------------------------------------
 
     def open_stream(self, decode: SimWorker, effect: OpenStream) -> None:
-        prefill = next((worker for worker in self.prefills if worker.instance_id == effect.instance_id), None)
+        candidates = [*self.prefills, *(worker for worker in self.retired if worker.alive)]
+        prefill = next((worker for worker in candidates if worker.instance_id == effect.instance_id), None)
         if prefill is None:
             closed = StreamClosed(effect.stream_id, EndCode.LOST, "unreachable")
             self.later(self.random.uniform(0.0, 0.05), lambda: decode.event(closed))
@@ -135,11 +166,16 @@ class World:
 
         self._up(stream, arrive)
 
-    def release(self, decode: SimWorker, stream_id: int, reason: object) -> None:
+    def release(self, decode: SimWorker, stream_id: int, reason: ReleaseReason) -> None:
         stream = self.stream_of.get((decode, stream_id))
-        if stream is not None:
-            stream.decode_open = False
-            self._up(stream, lambda: self._end_prefill_side(stream, ReleaseReceived(stream.prefill_id, reason)))  # type: ignore[arg-type]
+        if stream is None:
+            return
+        stream.decode_open = False
+        if self.random.random() < self.options.lost_releases:
+            self.log("fault: a release is lost with its stream")
+            self._up(stream, lambda: self._end_prefill_side(stream, StreamLost(stream.prefill_id)))
+        else:
+            self._up(stream, lambda: self._end_prefill_side(stream, ReleaseReceived(stream.prefill_id, reason)))
 
     def drop(self, decode: SimWorker, stream_id: int) -> None:
         stream = self.stream_of.get((decode, stream_id))
@@ -204,15 +240,28 @@ class World:
             worker.transfer.kill(self.random.uniform(0.001, 0.1))
 
     def _kill_somebody(self) -> None:
-        group = self.random.choice([self.prefills, self.decodes])
+        group = self.random.choice([group for group in (self.prefills, self.decodes) if group])
         index = self.random.randrange(len(group))
         victim = group[index]
         self.log(f"fault: {victim.name} killed")
         victim.die()
         for stream in [stream for stream in self.streams if victim in (stream.decode, stream.prefill)]:
             self.sever(stream)
-        group[index] = SimWorker(self, victim.role, victim.loop_name)
-        self.later(self.random.uniform(0.01, 0.3), group[index].transfer.start)
+        self._replace(group, index)
         for client in self.clients:
             if client.worker is victim:
                 self.later(self._latency(), client.worker_lost)
+
+    def _drain_somebody(self) -> None:
+        """A rolling restart: another worker takes the place, this one finishes what it has, or what its grace lets it."""
+        group = self.random.choice([group for group in (self.prefills, self.decodes) if group])
+        index = self.random.randrange(len(group))
+        self.log(f"fault: {group[index].name} drains")
+        group[index].event(Drain(self.random.choice([0.0, 0.05, 0.3, None])))
+        self._replace(group, index)
+
+    def _replace(self, group: list[SimWorker], index: int) -> None:
+        old = group[index]
+        self.retired.append(old)
+        group[index] = SimWorker(self, old.role, old.loop_name)
+        group[index].transfer.start()  # a worker is named once it is ready

@@ -18,6 +18,7 @@ import pytest
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
 from tandem.transfer import hashing
+from tandem.transfer.engine_pool import MAX_PARKED, EnginePool
 from tandem.transfer.landing_importer import LandingImporter
 from tandem.transfer.landing_link import MAX_OUTSTANDING_READS
 from tandem.transfer.landing_ring import NUM_SLOTS, SLOT_BYTES, LandingRing, cut_at_arenas
@@ -45,7 +46,8 @@ class Setting:
         self.probe.rows[0] = np.frombuffer(probe_pattern(self.instance_id), dtype=np.uint8)
         self.target = scratch(num_pages, page_bytes)
         self.fake = FakeEngines()
-        self.importer = LandingImporter(self.target, "fake", self.fake.new_engine, SETTINGS)
+        self.engines = EnginePool(self.fake.new_engine)
+        self.importer = LandingImporter(self.target, "fake", self.engines, SETTINGS)
         self.outcomes: queue.Queue[PullEnded] = queue.Queue()
 
     @property
@@ -82,9 +84,10 @@ class Setting:
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
-    def wait_until_closed(self, number: int) -> None:
+    def wait_for_engines(self, num_spare: int = 0, num_parked: int = 0) -> None:
+        """Until so many were given back, clean or not."""
         deadline = time.monotonic() + 5
-        while not self.fake.engines[number].is_closed:
+        while (self.engines.num_spare, self.engines.num_parked) != (num_spare, num_parked):
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
@@ -153,7 +156,7 @@ def test_bytes_that_come_after_a_failure_hit_no_page(setting: Setting) -> None:
         assert (setting.target.rows[ordinal] == expected).all()
     assert outcomes[tickets[1]].status is PullStatus.DONE
     assert np.array_equal(setting.target.rows[32:], setting.source.rows[1::2])
-    setting.wait_until_closed(0)
+    setting.wait_for_engines(num_parked=1)
     setting.fake.behaviour = Behaviour()
     assert setting.pull(range(64), range(64)).status is PullStatus.DONE  # over a new engine
     assert len(setting.fake.engines) == 2
@@ -212,7 +215,7 @@ def test_a_pull_without_progress_is_broken_off_and_the_engine_replaced(setting: 
         ended = setting.end()
         assert (ended.status, "progress" in ended.message) == (PullStatus.FAILED, True)
     assert PROGRESS_SECONDS * 0.9 < time.monotonic() - start < PROGRESS_SECONDS * 2
-    setting.wait_until_closed(0)
+    setting.wait_for_engines(num_parked=1)
     setting.fake.behaviour.is_frozen = False
     assert setting.pull(range(64), range(64)).status is PullStatus.DONE
     assert len(setting.fake.engines) == 2
@@ -234,7 +237,7 @@ def test_an_engine_that_takes_nothing_fails_the_pull(setting: Setting) -> None:
     assert setting.pull([0], [0]).status is PullStatus.DONE
     setting.fake.behaviour.refuses = True
     assert setting.pull(range(8), range(8)).status is PullStatus.FAILED
-    setting.wait_until_closed(0)
+    setting.wait_for_engines(num_parked=1)
 
 
 def test_another_process_behind_the_session_is_noticed(setting: Setting) -> None:
@@ -261,11 +264,37 @@ def test_missing_page_numbers_fail_the_pull(setting: Setting) -> None:
     assert setting.pull([0], [0], remote_pages=bytes(3)).status is PullStatus.FAILED
 
 
-def test_an_idle_engine_is_closed(setting: Setting) -> None:
+def test_an_idle_engine_is_used_again(setting: Setting) -> None:
+    """Destroying one would stop the whole process for a second."""
     assert setting.pull([0], [0]).status is PullStatus.DONE
-    setting.wait_until_closed(0)
+    setting.wait_for_engines(num_spare=1)
     assert setting.pull([0], [0]).status is PullStatus.DONE
-    assert len(setting.fake.engines) == 2
+    assert len(setting.fake.engines) == 1
+    assert not setting.fake.engines[0].is_closed
+
+
+def test_an_engine_with_reads_that_never_end_is_parked(setting: Setting) -> None:
+    setting.fake.behaviour.max_polls = 1
+    assert setting.pull([0], [0]).status is PullStatus.DONE
+    setting.fake.behaviour.is_frozen = True
+    reads = setting.fake.engines[0].num_reads
+    ticket = setting.begin(range(8), range(8))
+    while setting.fake.engines[0].num_reads == reads:
+        time.sleep(0.001)
+    setting.importer.cancel(ticket)
+    assert setting.end().status is PullStatus.CANCELLED
+    setting.wait_for_engines(num_parked=1)
+
+
+def test_parked_engines_are_bounded() -> None:
+    fake = FakeEngines()
+    engines = EnginePool(fake.new_engine)
+    for _ in range(MAX_PARKED + 3):
+        engines.give_back(engines.take(), has_failed=True)
+    assert engines.num_parked == MAX_PARKED
+    assert [engine.is_closed for engine in fake.engines] == [True] * 3 + [False] * MAX_PARKED
+    engines.close()
+    assert all(engine.is_closed for engine in fake.engines)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -304,7 +333,7 @@ def test_random_schedules_leave_every_page_to_its_owner(seed: int) -> None:
     assert (setting.target.rows == 0xA5).all()
     assert num_done > 40
     setting.close()
-    assert all(engine.is_closed for engine in setting.fake.engines)
+    assert setting.engines.num_spare + setting.engines.num_parked == len(setting.fake.engines)
 
 
 def test_no_read_crosses_a_registration() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import random
 import socket
@@ -30,6 +29,7 @@ from tests.transfer.peer import Peer
 
 PAGE_BYTES = 4096
 INSTANCE = b"i" * 16
+NOISE = random.Random(1).randbytes(200)
 
 
 def settings(key: bytes | None = None, max_serving_connections: int = 256, seconds: float = 0.5) -> TcpSettings:
@@ -125,7 +125,7 @@ def test_what_is_not_granted_is_refused_and_the_connection_stays(changes: dict[s
         b"\0" * 4096,
         b"TdKV" + b"\xff" * 52,
         Hello(b"j" * 16, bytes(32)).encode(),
-        b"\x16\x03\x01" + os.urandom(200),
+        b"\x16\x03\x01" + NOISE,
     ],
 )
 def test_garbage_instead_of_a_hello_is_closed(data: bytes) -> None:
@@ -142,7 +142,7 @@ def test_garbage_instead_of_a_hello_is_closed(data: bytes) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        os.urandom(wire.REQUEST_BYTES),
+        NOISE[: wire.REQUEST_BYTES],
         struct.pack("<4sBBHIIQQ", b"TdKV", 7, 5, 1, 1, 0, 1, PAGE_BYTES),  # nothing asked for
         struct.pack("<4sBBHIIQQ", b"TdKV", 7, 5, 1, 1, wire.MAX_ORDINALS + 1, 1, PAGE_BYTES),
         struct.pack("<4sBBHIIQQ", b"TdKV", 7, 5, 1, 1, 2**32 - 1, 1, PAGE_BYTES),
@@ -272,8 +272,8 @@ def test_another_process_on_the_port_is_noticed() -> None:
         Frame(1, Status.OK, PAGE_BYTES, PAGE_BYTES).encode(),  # not the next
         Frame(2, Status.OK, PAGE_BYTES, 0).encode(),  # of another request
         Frame(1, Status.REFUSED, wire.MAX_MESSAGE_BYTES + 1, 0).encode(),
-        b"TdKV" + bytes(4) + b"\x09" + bytes(15),
-        os.urandom(200),
+        b"TdKV" + bytes(4) + b"\x09" + bytes(55),
+        NOISE,
     ],
 )
 def test_a_lying_exporter_writes_nothing_into_the_pool(answer: bytes) -> None:

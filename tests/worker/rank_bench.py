@@ -69,7 +69,14 @@ class RankBench:
 
         self.ports.wait = counted  # type: ignore[method-assign]
         try:
-            run(self.scheduler, self.device, self.ports, time.monotonic, self._depth, Chores(self.ports.send))
+            run(
+                self.scheduler,
+                self.device,
+                self.ports,
+                time.monotonic,
+                self._depth,
+                Chores(self.ports.send, time.monotonic),
+            )
             self.ports.finish(5.0)
         except BaseException as error:
             self.error = error

@@ -129,6 +129,7 @@ def test_a_killed_transfer_process_comes_back(programs: list[Program], tmp_path:
         time.sleep(0.02)
     assert len(lives) == 1
     assert worker.stop() == 0
+    assert f"transfer process {first} is gone" in worker.log(), "what the rank logs is in the worker's log"
 
 
 def test_a_stop_in_the_middle_of_the_start_is_a_stop(tmp_path: Path) -> None:

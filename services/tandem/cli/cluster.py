@@ -12,7 +12,7 @@ from tandem.cli.launch import Child, Show, all_ready, stop_all
 from tandem.config import LoopName, TransportChoice
 from tandem.config_load import PROGRAM_SECTIONS, Program
 
-SERVING_SECONDS = 10.0  # for the gateway to meet its workers
+SERVING_SECONDS = 30.0  # for the gateway to meet its workers
 _POOL_FRACTION = 0.5  # of the free memory, for all pools together
 
 
@@ -63,7 +63,8 @@ class Cluster:
         self.gateway_address = str((await gateway.ready)["address"])
         from tandem.cli.health import wait_serving  # grpc: after the last fork
 
-        await wait_serving(self.gateway_address, SERVING_SECONDS)
+        num_decode = shape.num_decode + shape.num_unified
+        await wait_serving(self.gateway_address, shape.num_prefill, num_decode, SERVING_SECONDS)
 
     async def stop(self) -> None:
         """End every child."""

@@ -10,8 +10,8 @@ import time
 from tandem.cli.client import ask, statistics
 from tandem.cli.cluster import Cluster, Shape, interrupted_or
 from tandem.cli.launch import ChildDied
-from tandem.cli.up import show, transport_lines
-from tandem.errors import TandemError
+from tandem.cli.up import parse_settings, show, transport_lines
+from tandem.errors import ConfigError, TandemError
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as inference_pb2
 from tandem.worker.lifespan import StopSignals
 
@@ -36,12 +36,16 @@ def read_lines(path, encoding="utf-8"):
 
 async def demo(arguments: argparse.Namespace) -> int:
     """Run the demonstration and return the exit code."""
+    faults: list[str] = []
+    settings = parse_settings(arguments.set, faults)
+    if faults:
+        raise ConfigError("\n".join(faults))
     shape = Shape(
         transport=arguments.transport,
         prefill_loop=arguments.loop,
         decode_loop=arguments.loop,
         port=0,
-        settings=(("cache.pool_bytes", str(POOL_BYTES)),),
+        settings=(("cache.pool_bytes", str(POOL_BYTES)), *settings),
     )
     cluster = Cluster(shape, show, arguments.verbose)
     with StopSignals() as stop:

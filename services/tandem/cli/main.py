@@ -86,7 +86,6 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     up.add_argument("--prefill-loop", choices=get_args(LoopName), help="loop of the prefill workers only")
     up.add_argument("--decode-loop", choices=get_args(LoopName), help="loop of the decode and unified workers only")
     up.add_argument("--port", type=int, default=50051, help="port of the gateway (default 50051; 0: any free one)")
-    up.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting for all")
     up.add_argument("--config", default="", metavar="FILE", help="settings file for all programs")
     up.add_argument("--verbose", action="store_true", help="show all log lines of the programs")
     up.set_defaults(run=_run_up)
@@ -104,6 +103,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_transport_and_loop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", choices=get_args(TransportChoice), default="auto", help="what moves KV pages")
     parser.add_argument("--loop", choices=get_args(LoopName), default="overlap", help="event loop of the workers")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting for all")
 
 
 def _run_up(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tandem.cli.cluster import Cluster, Shape, interrupted_or
@@ -17,7 +18,7 @@ from tandem.worker.lifespan import StopSignals
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
     """Return what the command line asks for; raises ConfigError with every fault."""
-    faults = []
+    faults: list[str] = []
     if arguments.unified is not None:
         counts = (0, 0, arguments.unified)
     else:
@@ -26,18 +27,7 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
             faults.append("--decode must be at least 1: decode workers own the requests")
     if min(counts) < 0 or sum(counts) < 1:
         faults.append("the numbers of workers must not be negative, and one must be there")
-    settings = []
-    for text in arguments.set:
-        key, equals, value = text.partition("=")
-        key = key.replace("-", "_")
-        if not equals or key not in SETTINGS:
-            faults.append(f"--set {text}: no such setting, write section.field=value{suggestion(key, SETTINGS)}")
-            continue
-        try:
-            convert(SETTINGS[key], value, typed=False)
-        except ValueError as error:
-            faults.append(f"--set {text}: {error}")
-        settings.append((key, value))
+    settings = parse_settings(arguments.set, faults)
     if faults:
         raise ConfigError("\n".join(faults))
     return Shape(
@@ -49,9 +39,26 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
         prefill_loop=arguments.prefill_loop or arguments.loop,
         decode_loop=arguments.decode_loop or arguments.loop,
         port=arguments.port,
-        settings=tuple(settings),
+        settings=settings,
         config_file=arguments.config,
     )
+
+
+def parse_settings(texts: Sequence[str], faults: list[str]) -> tuple[tuple[str, str], ...]:
+    """Return the settings of `--set section.field=value`; what is wrong is added to `faults`."""
+    settings = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in SETTINGS:
+            faults.append(f"--set {text}: no such setting, write section.field=value{suggestion(key, SETTINGS)}")
+            continue
+        try:
+            convert(SETTINGS[key], value, typed=False)
+        except ValueError as error:
+            faults.append(f"--set {text}: {error}")
+        settings.append((key, value))
+    return tuple(settings)
 
 
 async def up(arguments: argparse.Namespace) -> int:

@@ -188,7 +188,7 @@ class Ledger:
         )
 
     def _unsent_prompt_logprobs(self, request: Request) -> tuple[TokenLogprob, ...]:
-        if request.prompt_logprobs_sent or not request.prompt_logprobs:
+        if request.prompt_logprobs_sent or len(request.prompt_logprobs) < request.num_prompt:
             return ()
         request.prompt_logprobs_sent = True
         return tuple(request.prompt_logprobs)

@@ -15,10 +15,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from tandem.core.stats import PageCounts
 
 _HISTORY = 6
+
+
+class PageTables(NamedTuple):
+    """The pool's own tables, by page, for whoever checks them all; not to be changed."""
+
+    references: list[int]
+    in_tree: bytearray
+    busy: list[int]
 
 
 class PagePool:
@@ -194,8 +203,11 @@ class PagePool:
         """Whether no launch and no transfer can touch any page."""
         return self.launched == self.resolved and not any(self._busy)
 
-    def is_orphan(self, page: int) -> bool:
-        return page in self._orphans
+    def orphans(self) -> Sequence[int]:
+        return tuple(self._orphans)
+
+    def tables(self) -> PageTables:
+        return PageTables(self._references, self._in_tree, self._busy)
 
     def free_pages(self) -> Sequence[int]:
         return tuple(self._free)

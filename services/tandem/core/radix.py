@@ -111,6 +111,9 @@ class PrefixTree:
         """Evict everything that may be evicted now; return how many pages that were."""
         return self.evict(len(self._nodes))
 
+    def pages(self) -> list[int]:
+        return list(self._nodes)
+
     def nodes(self) -> list[Node]:
         return list(self._nodes.values())
 

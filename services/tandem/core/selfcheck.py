@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Iterable
 
 from tandem.core.ledger import Ledger
@@ -20,52 +20,72 @@ class SelfCheck:
 
     def run(self, handoff_pins: Iterable[int], pages_under_read: Iterable[int]) -> list[str]:
         """Return one line for each fault found, with the page's history; empty when all is well."""
-        kv = self._ledger.kv
-        expected: Counter[int] = Counter(handoff_pins)
+        expected = self._numbers(handoff_pins)
         for request in self._ledger.requests.values():
-            expected.update(request.pages)
+            for page in request.pages:
+                expected[page] += 1
+        faults = self._correct(expected) if expected != self._ledger.kv.pool.tables().references else []
+        return faults + self._place_faults(self._numbers(pages_under_read)) + self._count_faults()
+
+    def _numbers(self, pages: Iterable[int]) -> list[int]:
+        """Return how often each page occurs."""
+        numbers = [0] * self._ledger.kv.pool.num_pages
+        for page in pages:
+            numbers[page] += 1
+        return numbers
+
+    def _correct(self, expected: list[int]) -> list[str]:
+        kv = self._ledger.kv
         faults: list[str] = []
-        for page in range(kv.pool.num_pages):
+        for page, owners in enumerate(expected):
             references = kv.pool.references(page)
-            if references == expected[page]:
+            if references == owners:
                 continue
-            history = ", ".join(kv.pool.history(page))
-            faults.append(f"page {page}: {references} references, {expected[page]} known owners: {history}")
-            if expected[page]:
-                kv.pool.restate(page, expected[page])
+            faults.append(f"page {page}: {references} references, {owners} known owners: {self._history(page)}")
+            if owners:
+                kv.pool.restate(page, owners)
             else:
                 kv.tree.forget(page)
                 kv.pool.orphan(page)
-        return faults + self._place_faults(set(pages_under_read)) + self._count_faults()
+        return faults
 
-    def _place_faults(self, under_read: set[int]) -> list[str]:
+    def _place_faults(self, under_read: list[int]) -> list[str]:
         """Compare where each page is with where its state says that it must be."""
         kv = self._ledger.kv
-        pool, cached = kv.pool, {node.page for node in kv.tree.nodes()}
-        free, fenced = Counter(pool.free_pages()), Counter(pool.fenced_pages())
+        references, in_tree, busy = kv.pool.tables()
+        found = self._numbers(kv.tree.pages())
+        # A page that nothing holds is once on the free list, or once in the queue for it.
+        places = self._numbers((*kv.pool.free_pages(), *kv.pool.fenced_pages()))
+        unheld = [int(not any(flags)) for flags in zip(references, in_tree, busy, strict=True)]
+        for page in kv.pool.orphans():
+            unheld[page] = 0
         faults: list[str] = []
-        for page in range(pool.num_pages):
-            busy = pool.is_busy(page)
-            if busy != (page in under_read):
-                faults.append(f"page {page}: busy is {busy}, under a read is {page in under_read}")
-            if pool.in_tree(page) != (page in cached):
-                faults.append(f"page {page}: in the tree is {pool.in_tree(page)}, found there is {page in cached}")
-            elsewhere = bool(pool.references(page)) or pool.in_tree(page) or busy or pool.is_orphan(page)
-            if free[page] + fenced[page] != (not elsewhere):
-                history = ", ".join(pool.history(page))
-                faults.append(f"page {page}: {free[page]} times free, {fenced[page]} times fenced: {history}")
+        for what, is_so, must_be in (
+            ("under a read", busy, under_read),
+            ("in the tree", list(in_tree), found),
+            ("free, or soon", places, unheld),
+        ):
+            if is_so != must_be:
+                faults += (
+                    f"page {page}: {what} is {is_so[page]}, must be {must_be[page]}: {self._history(page)}"
+                    for page in range(kv.pool.num_pages)
+                    if is_so[page] != must_be[page]
+                )
         return faults
 
     def _count_faults(self) -> list[str]:
         pool = self._ledger.kv.pool
-        counts, pages = pool.counts(), range(pool.num_pages)
+        counts, (references, in_tree, _) = pool.counts(), pool.tables()
         faults: list[str] = []
-        held = sum(pool.references(page) > 0 for page in pages)
+        held = len(references) - references.count(0)
         if held != counts.held:
             faults.append(f"{held} pages are referenced, {counts.held} counted as held")
-        cached = sum(pool.in_tree(page) and not pool.references(page) for page in pages)
+        cached = in_tree.count(1) - sum(bool(number) for number in itertools.compress(references, in_tree))
         if cached != counts.cached:
             faults.append(f"{cached} pages are cached, {counts.cached} counted")
         if counts.quarantined < 0:
             faults.append(f"pages do not add up: {counts}")
         return faults
+
+    def _history(self, page: int) -> str:
+        return ", ".join(self._ledger.kv.pool.history(page))

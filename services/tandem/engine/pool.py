@@ -21,7 +21,13 @@ def budget_bytes(config: CacheConfig, free_bytes: int) -> int:
 
 
 def sized_layout(layout_of_one_page: KvLayout, config: CacheConfig, free_bytes: int) -> KvLayout:
-    """The layout with as many pages as the budget holds; raises ConfigError if that is fewer than MIN_PAGES."""
+    """The layout with as many pages as the budget holds.
+
+    Raises ConfigError if that is fewer than MIN_PAGES, or if the configured size is not there: shared memory is taken
+    page by page, and running out of it later would kill the process.
+    """
+    if config.pool_bytes > free_bytes:
+        raise ConfigError(f"cache.pool_bytes: {config.pool_bytes} asked for, {free_bytes} bytes of memory are free")
     page_bytes = layout_of_one_page.page_bytes
     budget = budget_bytes(config, free_bytes)
     num_pages = budget // page_bytes

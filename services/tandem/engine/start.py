@@ -18,6 +18,7 @@ from tandem.engine.host import available_memory_bytes, has_bf16_instructions, us
 from tandem.engine.location import Checkpoint, locate_checkpoint
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.spec import DecoderSpec, read_spec
+from tandem.engine.models.tensors import expected_bytes
 from tandem.engine.ops.reference import ReferenceOperators
 from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout
 from tandem.engine.runner import PlanRunner
@@ -75,7 +76,9 @@ def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
             head_dim=loaded.spec.head_dim,
             dtype=loaded.dtype,
         )
-        layout = sized_layout(one_page, config.cache, _free_bytes(device, loaded.weights))
+        # Mapped weights are not resident yet, but will be.
+        free_bytes = max(0, _free_bytes(device) - loaded.weights.num_mapped_bytes)
+        layout = sized_layout(one_page, config.cache, free_bytes)
         progress(f"KV pool: {layout.num_pages} pages of {layout.page_tokens} tokens, {layout.pool_bytes / 1e9:.2f} GB")
         memory = PoolMemory.create(layout.pool_bytes)
         operators = ReferenceOperators(_activation_dtype(loaded.dtype, device))
@@ -131,10 +134,19 @@ def _load(
     with CheckpointFiles(checkpoint.folder, spec) as files:
         dtype = _dtype(config, spec.dtype or files.dtype)
         progress(f"loading {spec.architecture} from {checkpoint.folder} as {dtype}")
+        _check_memory(expected_bytes(spec, TORCH_DTYPES[dtype].itemsize), device)
         weights = files.load(TORCH_DTYPES[dtype], device, progress)
     progress(f"loaded {weights.num_bytes / 1e9:.2f} GB of weights in {time.monotonic() - began:.1f} s")
     whole = hashlib.sha256(f"{digest}/{weights.digest}/{checkpoint.revision}".encode()).hexdigest()[:32]
     return _Loaded(spec, weights, dtype, whole)
+
+
+def _check_memory(num_bytes: int, device: torch.device) -> None:
+    free_bytes = _free_bytes(device)
+    if num_bytes > free_bytes:
+        raise ConfigError(
+            f"model.path: the weights take {num_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB of memory are free"
+        )
 
 
 def _spec_digest(spec: DecoderSpec) -> str:
@@ -156,8 +168,5 @@ def _activation_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _free_bytes(device: torch.device, weights: Weights) -> int:
-    """Memory that a pool may take a share of. Mapped weights are not resident yet, but will be."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, available_memory_bytes() - weights.num_mapped_bytes)
+def _free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory_bytes()

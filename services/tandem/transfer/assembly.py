@@ -11,6 +11,7 @@ from tandem.errors import TransportError
 from tandem.transfer.channel import Launch
 from tandem.transfer.choice import TCP, Choice, choose, shared_key
 from tandem.transfer.contract import Exporter, Importer, Post
+from tandem.transfer.engine_pool import EnginePool
 from tandem.transfer.fallback import FallbackImporter
 from tandem.transfer.landing_importer import LandingImporter
 from tandem.transfer.mooncake import Mooncake, MooncakeExporter
@@ -103,9 +104,10 @@ class Assembly:
         try:
             mooncake = Mooncake(name, self._launch.transfer, self._host)
             exporter = MooncakeExporter(mooncake, self._space, self._instance_id, control)
+            engines = EnginePool(mooncake.new_engine)
 
             def new_importer(space: PageSpace) -> LandingImporter:
-                return LandingImporter(space, name, mooncake.new_engine, self._settings)
+                return LandingImporter(space, name, engines, self._settings)
 
             check_one_sided(new_importer, exporter.endpoint, self._settings)
         except TransportError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hmac
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +50,7 @@ class _Sending:
 
 
 class GrantTable:
-    """Thread-safe. Pages are read only inside `sending`, so a revocation waits for one frame at most."""
+    """Thread-safe. Pages are read only between `begin` and `end`, so a revocation waits for one frame at most."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,18 +81,23 @@ class GrantTable:
             pages = grant.select(ordinals)
         return "an ordinal is not announced" if pages is None else (grant, pages)
 
-    @contextmanager
-    def sending(self, grant: Grant, stream: Stream) -> Iterator[bool]:
-        """Read pages inside this block only if it yields True; False: the grant has ended."""
+    def begin(self, grant: Grant, stream: Stream) -> bool:
+        """Let `stream` read pages until `end`; False: the grant has ended."""
         with self._lock:
-            is_live = grant.is_live
-            if is_live:
+            if grant.is_live:
                 self._sending.setdefault(grant.handoff_id, _Sending()).streams.add(stream)
-        try:
-            yield is_live
-        finally:
-            if is_live:
-                self._sent(grant.handoff_id, stream)
+            return grant.is_live
+
+    def end(self, grant: Grant, stream: Stream) -> None:
+        """Say that `stream` reads no more; the last one answers those who revoke."""
+        with self._lock:
+            sending = self._sending[grant.handoff_id]
+            sending.streams.remove(stream)
+            if sending.streams:
+                return
+            del self._sending[grant.handoff_id]
+        for done in sending.waiting:
+            done()
 
     def revoke(self, handoff_id: bytes, done: Callable[[], None]) -> None:
         """End the grant; `done` once nothing sends from its pages. A frame under way is cut off: its peer may hang."""
@@ -108,13 +112,3 @@ class GrantTable:
                     stream.shut()  # under the lock: it is inside a frame of this hand-off and of no other
                 return
         done()
-
-    def _sent(self, handoff_id: bytes, stream: Stream) -> None:
-        with self._lock:
-            sending = self._sending[handoff_id]
-            sending.streams.remove(stream)
-            if sending.streams:
-                return
-            del self._sending[handoff_id]
-        for done in sending.waiting:
-            done()

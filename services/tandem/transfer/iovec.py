@@ -58,10 +58,10 @@ class Runs:
         return cls(pages.addresses, pages.space.page_bytes)
 
     def iovecs(self, begin: int, end: int) -> Iovecs:
-        """Return the memory of stream bytes [begin, end), cut after MAX_IOVECS runs."""
+        """Return the memory of stream bytes [begin, end)."""
         offsets = self._offsets
         first = bisect_right(offsets, begin) - 1
-        last = min(bisect_left(offsets, end, first), first + MAX_IOVECS)
+        last = bisect_left(offsets, end, first)
         vectors = self._vectors[first:last].copy()
         if skipped := begin - offsets[first]:
             vectors[0, 0] += np.uint64(skipped)
@@ -69,6 +69,23 @@ class Runs:
         if offsets[last] > end:
             vectors[-1, 1] -= np.uint64(offsets[last] - end)
         return vectors
+
+
+def of_buffer(buffer: npt.NDArray[np.uint8]) -> Iovecs:
+    """Return the one iovec of a contiguous buffer; keep that alive."""
+    return np.array([[buffer.ctypes.data, buffer.nbytes]], dtype=np.uint64)
+
+
+def advance(vectors: Iovecs, count: int) -> Iovecs:
+    """Return what is left after `count` bytes."""
+    ends = np.cumsum(vectors[:, 1])
+    first = int(np.searchsorted(ends, count, side="right"))
+    left = vectors[first:].copy()
+    if len(left):
+        done = np.uint64(count) - (ends[first] - left[0, 1])
+        left[0, 0] += done
+        left[0, 1] -= done
+    return left
 
 
 def send(sock: socket.socket, vectors: Iovecs) -> int:
@@ -82,7 +99,7 @@ def receive(sock: socket.socket, vectors: Iovecs) -> int:
 
 
 def _transfer(call: Callable[..., int], sock: socket.socket, vectors: Iovecs, flags: int) -> int:
-    header = _MessageHeader(msg_iov=vectors.ctypes.data, msg_iovlen=len(vectors))
+    header = _MessageHeader(msg_iov=vectors.ctypes.data, msg_iovlen=min(len(vectors), MAX_IOVECS))
     while True:
         count = int(call(sock.fileno(), ctypes.byref(header), flags))
         if count > 0:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
 from tandem.errors import TransportError
 from tandem.transfer.contract import PullDone
+from tandem.transfer.engine_pool import EnginePool
 from tandem.transfer.iovec import Runs
 from tandem.transfer.landing_link import LandingLink
-from tandem.transfer.one_sided import OneSidedAddress, ReadEngine
+from tandem.transfer.one_sided import OneSidedAddress
 from tandem.transfer.pages import PageSpace
 from tandem.transfer.pull_job import PullJob
 from tandem.transfer.tcp_stream import TcpSettings
 
-MAX_LINKS = 64  # each has an engine and a ring
+MAX_LINKS = 64  # each has an engine
 _WATCHES_OF_TIMEOUT = 8
 _CLOSE_SECONDS = 5.0
 _NUMBER_BYTES = 4
@@ -27,12 +27,10 @@ _NUMBER_BYTES = 4
 class LandingImporter:
     """Reads into `space` through slots of its own. At most MAX_LINKS engines at once; a pull that needs more fails."""
 
-    def __init__(
-        self, space: PageSpace, transport: str, new_engine: Callable[[], ReadEngine], settings: TcpSettings
-    ) -> None:
+    def __init__(self, space: PageSpace, transport: str, engines: EnginePool, settings: TcpSettings) -> None:
         self._space = space
         self._transport = transport
-        self._new_engine = new_engine
+        self._engines = engines
         self._settings = settings
         self._changed = threading.Condition()
         self._links: dict[tuple[str, bytes], LandingLink] = {}
@@ -87,7 +85,7 @@ class LandingImporter:
             if len(self._all_links) >= MAX_LINKS or self._is_closed:
                 self._jobs.pop(job.pull.ticket, None)
                 raise TransportError(f"already {len(self._all_links)} engines")
-            link = LandingLink(endpoint, self._new_engine, self._settings, self._forget)
+            link = LandingLink(endpoint, self._engines, self._settings, self._forget)
             self._links[key] = link
             self._all_links.add(link)
             self._jobs[job.pull.ticket] = (job, link)

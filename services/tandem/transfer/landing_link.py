@@ -1,7 +1,7 @@
 """All pulls from one peer over a one-sided engine: one thread, one engine, one landing ring.
 
 Only this thread copies from the ring into pages, and under a lock. So a pull can be ended at any moment, whatever its
-reads do. After a failure the link takes no new pulls; what it has finishes or fails, then the engine is destroyed.
+reads do. After a failure the link takes no new pulls; what it has finishes or fails, then the engine is parked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import PullStatus
 from tandem.errors import TransportError
+from tandem.transfer.engine_pool import EnginePool, Landing
 from tandem.transfer.handshake import dial
 from tandem.transfer.iovec import Runs
 from tandem.transfer.landing_ring import Batch, LandingRing, cut_at_arenas
@@ -28,6 +29,7 @@ from tandem.transfer.tcp_stream import TcpSettings
 MAX_OUTSTANDING_READS = 1024  # Mooncake's queue for one peer; more can wedge it for good
 _POLL_SECONDS_MIN = 0.0002
 _POLL_SECONDS_MAX = 0.001
+_ENGINE_SECONDS = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -53,17 +55,17 @@ class _Entry:
 
 
 class LandingLink:
-    """`pull`, `cancel` and `expire` from any thread. `ended` is called once the engine is gone."""
+    """`pull`, `break_off` and `expire` from any thread. `ended` is called once the engine is given back."""
 
     def __init__(
         self,
         endpoint: RankEndpoint,
-        new_engine: Callable[[], ReadEngine],
+        engines: EnginePool,
         settings: TcpSettings,
         ended: Callable[[LandingLink], None],
     ) -> None:
         self.endpoint = endpoint
-        self._new_engine = new_engine
+        self._engines = engines
         self._settings = settings
         self._ended = ended
         self._changed = threading.Condition()  # also held while pages are written
@@ -71,7 +73,9 @@ class LandingLink:
         self._waiting: deque[_Entry] = deque()
         self._batches: dict[int, Batch] = {}  # by read id; the thread's own
         self._is_draining = False
+        self._has_failed = False
         self._moved_at = time.monotonic()
+        self._limit_seconds = settings.progress_seconds
         self._thread = threading.Thread(target=self._run, name="kv-land", daemon=True)
 
     def start(self) -> None:
@@ -96,13 +100,14 @@ class LandingLink:
 
     def expire(self, now: float) -> None:
         """Break off what has made no progress; from then on the engine is not trusted with new pulls."""
-        limit = self._settings.progress_seconds
         with self._changed:
+            limit = self._limit_seconds
             stale = [
                 entry.job
                 for entry in self._entries.values()
                 if now - (entry.moved_at if entry.submitted else max(entry.moved_at, self._moved_at)) > limit
             ]
+            self._has_failed |= bool(stale)
             self._is_draining |= bool(stale)
         for job in stale:
             self.break_off(job, PullStatus.FAILED, f"no progress for {limit:g} s")
@@ -114,27 +119,39 @@ class LandingLink:
     # ---- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        engine: ReadEngine | None = None
-        ring = LandingRing()
         try:
             address = OneSidedAddress.decode(self.endpoint.address)
             # A silent port blocks an engine for a minute: first let the very process prove that it is there.
             dial(address.control, self.endpoint.instance_id, self._settings).close()
-            engine = self._new_engine()
-            engine.register(ring.address, ring.num_bytes)
-            self._probe(engine, ring, address)
-            self._moved_at = time.monotonic()
-            self._pump(engine, ring, address)
+            landing = self._take_engine()
+            try:
+                self._probe(landing, address)
+                self._pump(landing.engine, landing.ring, address)
+            except TransportError:
+                self._has_failed = True
+                raise
+            finally:
+                self._engines.give_back(landing, self._has_failed)
         except (OSError, TransportError) as error:
             self._fail_all(f"{self.endpoint.address}: {error}")
         finally:
-            if engine is not None:
-                engine.close()  # and only then the ring may go
-            del ring
             self._ended(self)
 
-    def _probe(self, engine: ReadEngine, ring: LandingRing, address: OneSidedAddress) -> None:
+    def _take_engine(self) -> Landing:
+        """Starting one is slow (RDMA devices are looked for) but no fault of the peer: other limits hold meanwhile."""
+        self._note_progress(_ENGINE_SECONDS)
+        landing = self._engines.take()
+        self._note_progress(self._settings.progress_seconds)
+        return landing
+
+    def _note_progress(self, limit_seconds: float) -> None:
+        with self._changed:
+            self._moved_at = time.monotonic()
+            self._limit_seconds = limit_seconds
+
+    def _probe(self, landing: Landing, address: OneSidedAddress) -> None:
         """Read the exporter's pattern through the real path; raises TransportError if it is not what it must be."""
+        engine, ring = landing.engine, landing.ring
         slot = ring.take()
         assert slot is not None
         read = engine.submit(address.session, slot, address.probe, PROBE_BYTES)
@@ -149,6 +166,7 @@ class LandingLink:
         if ring.memory[begin : begin + PROBE_BYTES].tobytes() != probe_pattern(self.endpoint.instance_id):
             raise TransportError("the probe shows other bytes: another process, or a broken path")
         ring.give_back(slot)
+        self._note_progress(self._settings.progress_seconds)
 
     def _pump(self, engine: ReadEngine, ring: LandingRing, address: OneSidedAddress) -> None:
         pause = _POLL_SECONDS_MIN
@@ -174,7 +192,7 @@ class LandingLink:
                 time.sleep(pause)
 
     def _wait_for_work(self) -> bool:
-        """False: the engine is to be destroyed. Deciding that and taking no more pulls are one step."""
+        """False: the engine is to be given back. Deciding that and taking no more pulls are one step."""
         with self._changed:
             if not self._entries and not self._batches and not self._is_draining:
                 self._changed.wait_for(lambda: self._entries or self._is_draining, self._settings.idle_seconds)
@@ -229,7 +247,7 @@ class LandingLink:
         """Land a batch whose reads are over. The slot of a failed one is never used again."""
         if batch.has_failed:
             with self._changed:
-                self._is_draining = True
+                self._has_failed = self._is_draining = True
             self.break_off(batch.job, PullStatus.FAILED, f"{self.endpoint.address}: a read failed")
             return
         is_complete = False

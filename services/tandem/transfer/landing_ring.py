@@ -20,7 +20,7 @@ NUM_SLOTS = 8
 
 
 class LandingRing:
-    """Owns the memory; it is unmapped when the last reference goes, so keep it until the engine is closed."""
+    """Owns the memory; it is unmapped when the last reference goes, so keep it until the engine is destroyed."""
 
     def __init__(self, num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
         self.slot_bytes = slot_bytes
@@ -30,8 +30,9 @@ class LandingRing:
         self._free = list(range(num_slots))
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def is_free(self) -> bool:
+        """Whether no slot is in use or lost."""
+        return len(self._free) * self.slot_bytes == self.num_bytes
 
     def take(self) -> int | None:
         """Return a free slot's address."""

@@ -39,7 +39,7 @@ class ReadEngine(Protocol):
         """Never call it again for an id that was DONE or FAILED."""
 
     def close(self) -> None:
-        """Destroy the engine: afterwards it writes nothing any more."""
+        """Destroy the engine: afterwards it writes nothing any more. May stop every thread for a second."""
 
 
 @dataclass(frozen=True, slots=True)

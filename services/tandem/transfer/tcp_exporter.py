@@ -17,9 +17,9 @@ from tandem.core.messages.handoff import RankEndpoint
 from tandem.errors import TransportError
 from tandem.transfer import wire
 from tandem.transfer.choice import TCP
+from tandem.transfer.frames import FramePlan
 from tandem.transfer.grants import GrantTable
 from tandem.transfer.handshake import welcome
-from tandem.transfer.iovec import Runs
 from tandem.transfer.pages import Pages
 from tandem.transfer.tcp_stream import Stream, TcpSettings, join_address
 from tandem.transfer.wire import Frame, Request, RequestHead, Status
@@ -133,17 +133,15 @@ class TcpExporter:
         if pages.space.page_bytes != request.page_bytes:
             self._refuse(stream, request, f"pages have {pages.space.page_bytes} bytes, not {request.page_bytes}")
             return
-        runs = Runs.of(pages)
-        for begin in range(0, pages.num_bytes, wire.MAX_FRAME_BYTES):
-            end = min(begin + wire.MAX_FRAME_BYTES, pages.num_bytes)
-            with self._grants.sending(grant, stream) as is_live:
-                if is_live:
-                    frame = Frame(request.sequence, Status.OK, end - begin, begin)
-                    stream.write(frame.encode(), is_more_to_come=True)
-                    stream.write_pages(runs, begin, end, _MAX_FRAME_SECONDS)
-            if not is_live:
+        plan = FramePlan.sending(request.sequence, pages)
+        for step in plan.steps:
+            if not self._grants.begin(grant, stream):
                 self._refuse(stream, request, "the hand-off was revoked, or attached by a higher attempt")
                 return
+            try:
+                stream.write_memory(step.vectors, step.size, _MAX_FRAME_SECONDS)
+            finally:
+                self._grants.end(grant, stream)
 
     def _refuse(self, stream: Stream, request: Request, message: str) -> None:
         text = message.encode()[: wire.MAX_MESSAGE_BYTES]

@@ -14,7 +14,7 @@ from tandem.transfer.tcp_stream import TcpSettings
 from tandem.transfer.wire import MAX_ID_BYTES, MAX_ORDINALS
 
 MAX_PEERS = 256
-_PART_BYTES_MAX = 16 << 20
+_PART_BYTES_MAX = 64 << 20
 _PART_BYTES_MIN = 1 << 20  # less is not worth a second connection
 _CLOSE_SECONDS = 5.0
 

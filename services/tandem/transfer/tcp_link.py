@@ -12,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import PullStatus
 from tandem.errors import TransportError
 from tandem.transfer import wire
+from tandem.transfer.frames import FramePlan
 from tandem.transfer.handshake import dial
-from tandem.transfer.iovec import Runs
 from tandem.transfer.pull_job import Part, PullJob
 from tandem.transfer.tcp_stream import PeerStuck, Stream, TcpSettings
 from tandem.transfer.wire import Frame, ProtocolError, Request, Status
@@ -219,25 +221,25 @@ class _PartReader:
             page_bytes=self._page_bytes,
             ordinals=job.ordinals[begin:end],
         )
+        plan = FramePlan.receiving(pages)
         self._stream.write(request.encode())
-        runs, offset, num_verified = Runs.of(pages), 0, 0
-        while offset < pages.num_bytes:
-            if job.is_broken_off:
-                raise ProtocolError("broken off")
-            frame = self._read_frame(offset, pages.num_bytes)
-            self._stream.read_pages(runs, offset, offset + frame.length)
-            offset += frame.length
-            num_whole = offset // self._page_bytes
+        plan.heads[0] = np.frombuffer(self._stream.read(wire.FRAME_BYTES), dtype=np.uint8)
+        self.has_begun = True
+        offset, num_verified = 0, 0
+        for head, step in zip(plan.heads, plan.steps, strict=True):
+            self._check(Frame.decode(head.tobytes()), offset, step.end)
+            self._stream.read_memory(step.vectors, step.size)
+            offset, num_whole = step.end, step.end // self._page_bytes
             job.verify(begin + num_verified, begin + num_whole)
             num_verified = num_whole
+            if job.is_broken_off:
+                raise ProtocolError("broken off")
 
-    def _read_frame(self, offset: int, total: int) -> Frame:
-        frame = Frame.decode(self._stream.read(wire.FRAME_BYTES))
-        self.has_begun = True
+    def _check(self, frame: Frame, begin: int, end: int) -> None:
+        """Let only the frame pass that comes next."""
         if frame.sequence != self._sequence:
             raise ProtocolError("a frame answers another request")
         if frame.status is not Status.OK:
             raise Refused(self._stream.read(frame.length).decode(errors="replace") if frame.length else "refused")
-        if frame.offset != offset or not 0 < frame.length <= total - offset:
+        if (frame.offset, frame.length) != (begin, end - begin):
             raise ProtocolError("a frame is not what comes next")
-        return frame

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tandem.errors import TransportError
 from tandem.transfer import iovec
-from tandem.transfer.iovec import Runs
+from tandem.transfer.iovec import Iovecs
 
 _KEEPALIVE_IDLE_SECONDS = 10
 _KEEPALIVE_INTERVAL_SECONDS = 5
@@ -90,37 +90,37 @@ class Stream:
             self._check(deadline, size - len(data))
         return data
 
-    def write(self, data: bytes, is_more_to_come: bool = False) -> None:
-        """Write all of it; it leaves at once, or together with what comes."""
+    def write(self, data: bytes) -> None:
+        """Write all of it; it leaves at once."""
         deadline = time.monotonic() + self._progress_seconds
-        flags = socket.MSG_NOSIGNAL | (socket.MSG_MORE if is_more_to_come else 0)
         while data:
             with contextlib.suppress(BlockingIOError):
-                data = data[self._socket.send(data, flags) :]
+                data = data[self._socket.send(data, socket.MSG_NOSIGNAL) :]
             self._check(deadline, len(data))
 
-    def read_pages(self, runs: Runs, begin: int, end: int) -> None:
-        """Read stream bytes [begin, end) straight into the pages."""
+    def read_memory(self, vectors: Iovecs, size: int) -> None:
+        """Read `size` bytes straight into the memory that the vectors name."""
         self.last_moved = time.monotonic()
-        while begin < end:
-            begin += self._note(iovec.receive(self._socket, runs.iovecs(begin, end)))
+        while (count := iovec.receive(self._socket, vectors)) < size:
+            self._note(count)
+            vectors, size = iovec.advance(vectors, count), size - count
 
-    def write_pages(self, runs: Runs, begin: int, end: int, within_seconds: float) -> None:
-        """Write stream bytes [begin, end) straight from the pages; PeerStuck also when `within_seconds` passed."""
+    def write_memory(self, vectors: Iovecs, size: int, within_seconds: float) -> None:
+        """Write `size` bytes straight from memory; PeerStuck also when `within_seconds` passed."""
         self.last_moved = time.monotonic()
         deadline = self.last_moved + within_seconds
-        while begin < end:
-            begin += self._note(iovec.send(self._socket, runs.iovecs(begin, end)))
-            if begin < end and self.last_moved > deadline:
+        while (count := iovec.send(self._socket, vectors)) < size:
+            self._note(count)
+            vectors, size = iovec.advance(vectors, count), size - count
+            if self.last_moved > deadline:
                 raise PeerStuck(f"the peer took less than a frame in {within_seconds:g} s")
 
-    def _note(self, count: int) -> int:
+    def _note(self, count: int) -> None:
         now = time.monotonic()
         if count:
             self.last_moved = now
         elif now - self.last_moved > self._progress_seconds:
             raise PeerStuck(f"no progress for {self._progress_seconds:g} s")
-        return count
 
     def _check(self, deadline: float, num_missing: int) -> None:
         if num_missing and time.monotonic() > deadline:

@@ -11,19 +11,21 @@ from tandem.core.stats import LoadSnapshot
 
 STATS_SECONDS = 0.1  # at most so often, and only when something has changed
 IDLE_SECONDS = 0.2  # how long nothing has happened when the self-check runs
-CHECK_SECONDS = 1.0  # at least so long between two self-checks
+CHECK_SECONDS = 1.0  # at least so long between two self-checks,
+CHECK_SHARE = 0.01  # and so that they take no more than this share of the time: a large pool takes a while
 _logger = logging.getLogger(__name__)
 
 
 class Chores:
     """Timers of the loop that are not the scheduler's. Both are off while nothing has happened since they last ran."""
 
-    def __init__(self, send: Callable[[object], None]) -> None:
+    def __init__(self, send: Callable[[object], None], clock: Callable[[], float]) -> None:
         self._send = send
+        self._clock = clock
         self._stats_due: float | None = None
         self._check_due: float | None = None
         self._last_stats = float("-inf")
-        self._last_check = float("-inf")
+        self._next_check = float("-inf")
         self._sent: LoadSnapshot | None = None
 
     def next_due(self) -> float | None:
@@ -36,21 +38,24 @@ class Chores:
         `happened`: the turn was not one of ours only; `idle`: the device has nothing to do.
         """
         if happened:
-            self._check_due = max(now + IDLE_SECONDS, self._last_check + CHECK_SECONDS)
+            self._check_due = max(now + IDLE_SECONDS, self._next_check)
             if self._stats_due is None:
                 self._stats_due = max(now, self._last_stats + STATS_SECONDS)
         if self._stats_due is not None and now >= self._stats_due:
             self._report(scheduler, now)
         if self._check_due is not None and now >= self._check_due:
             if idle:
-                self._check(scheduler, now)
+                self._check(scheduler)
             else:
                 self._check_due = now + IDLE_SECONDS
 
-    def _check(self, scheduler: Scheduler, now: float) -> None:
-        self._last_check, self._check_due = now, None
+    def _check(self, scheduler: Scheduler) -> None:
+        self._check_due = None
+        began = self._clock()
         for fault in scheduler.self_check():
             _logger.error("self-check: %s", fault)
+        ended = self._clock()
+        self._next_check = ended + max(CHECK_SECONDS, (ended - began) / CHECK_SHARE)
 
     def _report(self, scheduler: Scheduler, now: float) -> None:
         self._last_stats, self._stats_due = now, None

@@ -82,7 +82,7 @@ def _serve(start: StartRank, frontend: Channel) -> None:
             scheduler.handle(transfer.ready, time.monotonic())
         ports = RankPorts(frontend, engine.device, transfer.link, time.monotonic)
         ports.send(_ready(start, engine, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
-        run(scheduler, engine.device, ports, time.monotonic, loop.depth, Chores(ports.send))
+        run(scheduler, engine.device, ports, time.monotonic, loop.depth, Chores(ports.send, time.monotonic))
         ports.finish(FINISH_SECONDS)
     finally:
         if transfer.link is not None:

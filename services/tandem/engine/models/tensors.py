@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from tandem.engine.models.spec import DecoderSpec
@@ -51,3 +52,8 @@ def expected_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
             if has_bias:
                 shapes[f"{prefix}{name}.bias"] = (outputs,)
     return shapes
+
+
+def expected_bytes(spec: DecoderSpec, bytes_per_element: int) -> int:
+    """Memory that the parameters take in a type of that size."""
+    return bytes_per_element * sum(math.prod(shape) for shape in expected_tensors(spec).values())

@@ -83,9 +83,7 @@ class CpuAttention:
         queries = queries.contiguous()
         outputs = self._runtime.tensors.empty(self._num_tokens, queries.shape[1] * queries.shape[2])
         window = self._shape.windows[layer] or 0
-        status = self._runtime.library.tandem_attend(
-            self._plan, layer, window, queries.data_ptr(), outputs.data_ptr()
-        )
+        status = self._runtime.library.tandem_attend(self._plan, layer, window, queries.data_ptr(), outputs.data_ptr())
         _check(status)
         return outputs
 

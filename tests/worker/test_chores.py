@@ -1,0 +1,97 @@
+"""When figures are sent and when the self-check runs, under a clock of the test's."""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import pytest
+
+from tandem.core.messages.worker import Stats
+from tandem.core.scheduler import Scheduler
+from tandem.core.stats import LoadSnapshot
+from tandem.worker.chores import CHECK_SECONDS, CHECK_SHARE, IDLE_SECONDS, STATS_SECONDS, Chores
+
+
+class Bench:
+    """Stands in for the scheduler: its figures are a counter, its self-check takes as long as it is told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.sent: list[object] = []
+        self.running = 0
+        self.checks: list[float] = []
+        self.check_seconds = 0.0
+        self.faults: list[str] = []
+        self.chores = Chores(self.sent.append, lambda: self.now)
+
+    def load(self, now: float) -> LoadSnapshot:
+        return LoadSnapshot(running_requests=self.running)
+
+    def self_check(self) -> list[str]:
+        self.checks.append(self.now)
+        self.now += self.check_seconds
+        return self.faults
+
+    def turn(self, *, happened: bool = True, idle: bool = False, after: float = 0.0) -> None:
+        self.now += after
+        self.chores.run(cast(Scheduler, self), happened=happened, idle=idle, now=self.now)
+
+    def sleep_until_due(self) -> None:
+        due = self.chores.next_due()
+        assert due is not None
+        self.now = max(self.now, due)
+        self.turn(happened=False, idle=True)
+
+
+def test_figures_are_sent_at_once_then_at_most_so_often() -> None:
+    bench = Bench()
+    for number in range(1, 101):
+        bench.running = number
+        bench.turn(after=STATS_SECONDS / 20)
+    assert 5 <= len(bench.sent) <= 7
+    bench.sleep_until_due()
+    assert bench.sent[-1] == Stats(LoadSnapshot(running_requests=100)), "the last change is told too"
+
+
+def test_nothing_is_sent_that_did_not_change() -> None:
+    bench = Bench()
+    for _ in range(50):
+        bench.turn(after=STATS_SECONDS)
+    assert len(bench.sent) == 1
+
+
+def test_the_self_check_waits_for_idleness_and_runs_once() -> None:
+    bench = Bench()
+    for _ in range(10):
+        bench.turn(after=IDLE_SECONDS / 2, idle=True)
+    assert bench.checks == [], "something happens all the time"
+    for _ in range(10):
+        bench.turn(after=IDLE_SECONDS, idle=False, happened=False)
+    assert bench.checks == [], "the device is busy"
+    while bench.chores.next_due() is not None:
+        bench.sleep_until_due()
+    assert len(bench.checks) == 1
+
+
+def test_self_checks_take_a_small_share_of_the_time() -> None:
+    bench = Bench()
+    bench.check_seconds = 0.5
+    for _ in range(1000):
+        bench.turn(idle=True)
+        due = bench.chores.next_due()
+        assert due is not None
+        bench.now = min(due, bench.now + CHECK_SECONDS)
+        bench.turn(happened=False, idle=True)
+    assert len(bench.checks) > 5
+    assert len(bench.checks) * bench.check_seconds <= 2 * CHECK_SHARE * (bench.now - 100.0)
+
+
+def test_what_the_self_check_finds_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    bench.faults = ["page 3 is held by nobody"]
+    bench.turn(idle=True)
+    while bench.chores.next_due() is not None:
+        bench.sleep_until_due()
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "page 3" in caplog.text
