@@ -14,24 +14,51 @@ using namespace tandem;
 constexpr std::int64_t kScoreStride = kKeyBlock + kLanes;  // no power of two: rows fall into different cache sets
 constexpr std::int64_t kValueChunk = 64;                   // keys whose widened values stay in the first cache
 
-// Where the keys or values of consecutive positions lie.
-struct KeyPlaces {
-    const Pool& pool;
-    const std::int64_t* pages;
-    std::int64_t page_stride, head_offset;
-
-    TANDEM_INLINE std::int64_t offset(std::int64_t position) const {
-        const std::int64_t page = position / pool.page_tokens;
-        const std::int64_t slot = position - page * pool.page_tokens;
-        return pages[page] * page_stride + head_offset + slot * pool.head_dim;
-    }
+// Keys [low, end) of one block that some row of the tile sees; panels of 16 from the block's start.
+struct VisibleKeys {
+    std::int64_t block_start, low, end, first_panel, last_panel;
 };
 
-TANDEM_INLINE KeyPlaces key_places(const AttendTask& task, const AttendItem& item, std::int64_t side) {
+// Where the keys and values of a block lie, by position in the block; zeros stand for those that nobody sees.
+struct BlockPlaces {
+    const char* keys[kKeyBlock];
+    const char* values[kKeyBlock];
+};
+
+alignas(64) const char kZeros[4096] = {};  // a key of the greatest head_dim in float32
+
+TANDEM_INLINE void find_places(const AttendTask& task, const AttendItem& item, const VisibleKeys& keys,
+                               BlockPlaces& places) {
     const Pool& pool = task.pool;
-    return {pool, task.page_table + item.row * task.page_table_stride,
-            pool.layers * 2 * pool.kv_heads * pool.page_tokens * pool.head_dim,
-            ((task.layer * 2 + side) * pool.kv_heads + item.kv_head) * pool.page_tokens * pool.head_dim};
+    const std::int64_t* pages = task.page_table + item.row * task.page_table_stride;
+    const std::int64_t slot_bytes = pool.head_dim * (pool.element == Element::kFloat32 ? 4 : 2);
+    const std::int64_t head_bytes = pool.page_tokens * slot_bytes, side_bytes = pool.kv_heads * head_bytes;
+    const std::int64_t page_bytes = pool.layers * 2 * side_bytes;
+    const char* own = static_cast<const char*>(pool.data) + task.layer * 2 * side_bytes + item.kv_head * head_bytes;
+    std::int64_t page = keys.low / pool.page_tokens;
+    std::int64_t slot = keys.low - page * pool.page_tokens;
+    const char* start = own + pages[page] * page_bytes;
+    const std::int64_t first = keys.low - keys.block_start, last = keys.end - keys.block_start;
+    for (std::int64_t j = keys.first_panel * kLanes; j < first; ++j) places.keys[j] = kZeros;
+    for (std::int64_t j = first; j < last; ++j) {
+        if (slot == pool.page_tokens) {
+            start = own + pages[++page] * page_bytes;
+            slot = 0;
+        }
+        places.keys[j] = start + slot * slot_bytes;
+        places.values[j] = places.keys[j] + side_bytes;
+        ++slot;
+    }
+    for (std::int64_t j = last; j < keys.last_panel * kLanes; ++j) places.keys[j] = kZeros;
+}
+
+constexpr std::int64_t kPanelsAhead = 3;  // of keys that are asked for before they are needed
+
+// Ask for memory that is needed soon: pages are too short for the processor to see the pattern itself.
+TANDEM_INLINE void prefetch(const char* const* from, std::int64_t count, std::int64_t slot_bytes) {
+    for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t byte = 0; byte < slot_bytes; byte += 64) _mm_prefetch(from[j] + byte, _MM_HINT_T0);
+    }
 }
 
 TANDEM_INLINE __m256i load_words(const char* from) {
@@ -61,7 +88,7 @@ TANDEM_INLINE void transpose_words(__m256i (&words)[8]) {
 }
 
 // Sixteen keys, each head_dim elements -> [head_dim][16] float32.
-void columns_of_keys(const char* const (&keys)[kLanes], Element element, std::int64_t dim, float* to) {
+void columns_of_keys(const char* const* keys, Element element, std::int64_t dim, float* to) {
     const bool narrow_keys = element == Element::kBfloat16;
     const std::int64_t step = narrow_keys ? 16 : 8;  // dimensions in eight words
     std::int64_t d = 0;
@@ -99,17 +126,16 @@ void columns_of_keys(const char* const (&keys)[kLanes], Element element, std::in
     }
 }
 
-TANDEM_INLINE void widen_values(const Pool& pool, std::int64_t offset, std::int64_t padded, float* to) {
-    for (std::int64_t d = 0; d < padded; d += kLanes) {
-        const std::int64_t count = pool.head_dim - d;
-        if (pool.element == Element::kFloat32) {
-            store(to + d, load_up_to(static_cast<const float*>(pool.data) + offset + d, count));
+TANDEM_INLINE void widen_values(const char* from, Element element, std::int64_t dim, float* to) {
+    for (std::int64_t d = 0; d < dim; d += kLanes) {
+        const std::int64_t count = dim - d;
+        if (element == Element::kFloat32) {
+            store(to + d, load_up_to(reinterpret_cast<const float*>(from) + d, count));
         } else if (count >= kLanes) {
-            store(to + d, widen(static_cast<const std::uint16_t*>(pool.data) + offset + d));
+            store(to + d, widen(reinterpret_cast<const std::uint16_t*>(from) + d));
         } else {
             std::uint16_t some[kLanes] = {};
-            std::memcpy(some, static_cast<const std::uint16_t*>(pool.data) + offset + d,
-                        static_cast<std::size_t>(count) * 2);
+            std::memcpy(some, from + d * 2, static_cast<std::size_t>(count) * 2);
             store(to + d, widen(some));
         }
     }
@@ -167,11 +193,6 @@ TANDEM_INLINE void write_output(float* to, const float* total, float sum, std::i
     }
 }
 
-// Keys [low, end) of one block that some row of the tile sees; panels of 16 from the block's start.
-struct VisibleKeys {
-    std::int64_t block_start, low, end, first_panel, last_panel;
-};
-
 TANDEM_INLINE VisibleKeys visible_keys(const AttendTask& task, const AttendItem& item, std::int64_t block) {
     VisibleKeys keys;
     keys.block_start = block * kKeyBlock;
@@ -182,22 +203,28 @@ TANDEM_INLINE VisibleKeys visible_keys(const AttendTask& task, const AttendItem&
     return keys;
 }
 
-TANDEM_INLINE void compute_scores(const AttendTask& task, const KeyPlaces& places, const VisibleKeys& keys,
-                                  const Workspace& space, std::int64_t rows, std::int64_t padded,
-                                  const char* zeros) {
-    const std::int64_t element_bytes = task.pool.element == Element::kFloat32 ? 4 : 2;
-    const char* data = static_cast<const char*>(task.pool.data);
+TANDEM_INLINE void begin_block(const AttendTask& task, const AttendItem& item, const VisibleKeys& keys,
+                               BlockPlaces& places) {
+    find_places(task, item, keys, places);
+    const std::int64_t slot_bytes = task.pool.head_dim * (task.pool.element == Element::kFloat32 ? 4 : 2);
+    const std::int64_t panels = least_of(kPanelsAhead, keys.last_panel - keys.first_panel);
+    prefetch(places.keys + keys.first_panel * kLanes, panels * kLanes, slot_bytes);
+}
+
+TANDEM_INLINE void compute_scores(const AttendTask& task, const BlockPlaces& places, const VisibleKeys& keys,
+                                  const Workspace& space, std::int64_t rows, std::int64_t padded) {
+    const std::int64_t dim = task.heads.head_dim;
+    const std::int64_t slot_bytes = dim * (task.pool.element == Element::kFloat32 ? 4 : 2);
     for (std::int64_t panel = keys.first_panel; panel < keys.last_panel; ++panel) {
-        const char* pointers[kLanes];
-        const std::int64_t start = keys.block_start + panel * kLanes;
-        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-            const std::int64_t position = start + lane;
-            const bool used = position >= keys.low && position < keys.end;
-            pointers[lane] = used ? data + places.offset(position) * element_bytes : zeros;
+        const std::int64_t start = panel * kLanes;
+        if (panel + kPanelsAhead < keys.last_panel) {
+            prefetch(places.keys + start + kPanelsAhead * kLanes, kLanes, slot_bytes);
         }
-        columns_of_keys(pointers, task.pool.element, task.heads.head_dim, space.keys);
-        multiply_rows<1>(rows, task.heads.head_dim, {space.queries, padded}, {space.keys, kLanes, 0},
-                         {space.scores + panel * kLanes, kScoreStride, 0, Start::kStore});
+        const std::int64_t low = most_of(start, keys.low - keys.block_start);
+        prefetch(places.values + low, least_of(start + kLanes, keys.end - keys.block_start) - low, slot_bytes);
+        columns_of_keys(places.keys + start, task.pool.element, dim, space.keys);
+        multiply_rows<1>(rows, dim, {space.queries, padded}, {space.keys, kLanes, 0},
+                         {space.scores + start, kScoreStride, 0, Start::kStore});
     }
 }
 
@@ -226,12 +253,13 @@ TANDEM_INLINE void weigh_row(float* scores, const VisibleKeys& keys, std::int64_
     sum = sum_of(sums);
 }
 
-TANDEM_INLINE void weigh_values(const KeyPlaces& places, const VisibleKeys& keys, const Workspace& space,
-                                std::int64_t rows, std::int64_t padded) {
+TANDEM_INLINE void weigh_values(const AttendTask& task, const BlockPlaces& places, const VisibleKeys& keys,
+                                const Workspace& space, std::int64_t rows, std::int64_t padded) {
     for (std::int64_t start = keys.low; start < keys.end; start += kValueChunk) {
         const std::int64_t count = least_of(kValueChunk, keys.end - start);
         for (std::int64_t j = 0; j < count; ++j) {
-            widen_values(places.pool, places.offset(start + j), padded, space.values + j * padded);
+            widen_values(places.values[start - keys.block_start + j], task.pool.element, task.heads.head_dim,
+                         space.values + j * padded);
         }
         const StridedRows weights{space.scores + (start - keys.block_start), kScoreStride};
         const Start how = start == keys.low ? Start::kStore : Start::kContinue;
@@ -267,19 +295,24 @@ void attend_tile(const AttendTask& task, std::int64_t number, float* scratch) {
     const std::int64_t group = task.heads.num_heads / task.heads.num_kv_heads;
     const std::int64_t rows = item.num_tokens * group;
     const Workspace space(scratch, rows, padded);
-    const KeyPlaces keys_at = key_places(task, item, 0), values_at = key_places(task, item, 1);
-    alignas(64) static const char zeros[4096] = {};
+    BlockPlaces places[2];  // of this block and of the next
+    VisibleKeys keys = visible_keys(task, item, item.first_block);
+    begin_block(task, item, keys, places[item.first_block % 2]);
     scale_queries(task, item, group, padded, space.queries);
     for (std::int64_t i = 0; i < rows; ++i) space.greatest[i] = -__builtin_inff();
     for (std::int64_t block = item.first_block; block < item.first_block + item.num_blocks; ++block) {
-        const VisibleKeys keys = visible_keys(task, item, block);
-        compute_scores(task, keys_at, keys, space, rows, padded, zeros);
+        compute_scores(task, places[block % 2], keys, space, rows, padded);
         for (std::int64_t i = 0; i < rows; ++i) {
             const std::int64_t own = item.position + i / group;
             const std::int64_t low = task.window == 0 ? 0 : own - task.window + 1;
             weigh_row(space.scores + i * kScoreStride, keys, low, own, space.block_greatest[i], space.block_sum[i]);
         }
-        weigh_values(values_at, keys, space, rows, padded);
+        const VisibleKeys own_keys = keys;
+        if (block + 1 < item.first_block + item.num_blocks) {
+            keys = visible_keys(task, item, block + 1);
+            begin_block(task, item, keys, places[(block + 1) % 2]);
+        }
+        weigh_values(task, places[block % 2], own_keys, space, rows, padded);
         for (std::int64_t i = 0; i < rows; ++i) {
             if (item.partial < 0) {
                 add_block(space.block_greatest[i], space.block_sum[i], space.block + i * padded, space.greatest[i],

@@ -16,7 +16,16 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 _X86 = ("x86_64", "AMD64")
 # Contraction would let the compiler choose where a product and a sum are rounded together.
-_COMMON = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow")
+_COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+)
 # GCC 12's own AVX-512 header reads variables that it leaves unset on purpose; the same kernels are compiled for AVX2
 # with these warnings on.
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma") + (
@@ -39,9 +48,7 @@ class BuildFailed(Exception):
     """The library could not be built; the message says why."""
 
 
-def build(
-    library: Path, objects: Path, *, warnings_are_errors: bool = False, sanitizers: Sequence[str] = ()
-) -> None:
+def build(library: Path, objects: Path, *, warnings_are_errors: bool = False, sanitizers: Sequence[str] = ()) -> None:
     """Compile and link `library`, with objects in a folder of their own; raises BuildFailed."""
     if platform.machine() not in _X86:
         raise BuildFailed(f"there are no kernels for {platform.machine()} processors")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["prefill", "decode", "unified"]
+OperatorChoice = Literal["auto", "reference", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
 LoopName = Literal["normal", "overlap"]
 TransportChoice = Literal["auto", "mooncake-rdma", "mooncake-tcp", "tcp"]
 
@@ -26,6 +27,7 @@ class ModelConfig:
     served_name: str = setting("", "name that clients use; empty: the last part of the path")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "compute type; auto: the best for this device")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
+    ops: OperatorChoice = setting("auto", "operators; auto: the C++ ones where this CPU has kernels, else reference")
     max_context_tokens: int = setting(0, "cut of the model's context length; 0: the model's own", low=0)
     threads: int = setting(0, "compute threads of a worker; 0: the CPUs this process may use", low=0, high=1024)
 
@@ -63,9 +65,7 @@ class HandoffConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferConfig:
-    transport: TransportChoice = setting(
-        "auto", "what moves KV bytes; auto: RDMA where it is there and trusted"
-    )
+    transport: TransportChoice = setting("auto", "what moves KV bytes; auto: RDMA where it is there and trusted")
     trusted_network: bool = setting(False, "everybody who can reach the KV ports is trusted: needed for Mooncake")
     strict: bool = setting(False, "refuse instead of falling back to plain TCP")
     host: str = setting("", "address that peers reach the KV port at; empty: the worker's own host")
@@ -98,9 +98,7 @@ class GatewayConfig:
     max_inflight_requests: int = setting(4096, "requests at once; more are refused as overloaded", low=1)
     request_seconds_max: float = setting(600.0, "deadline of a request whose client set none, and its cap", low=0.1)
     max_prompt_bytes: int = setting(8 << 20, "longest text of a prompt, bytes", low=1)
-    stream_buffer_tokens: int = setting(
-        8192, "tokens kept for a slow client; more ends its request", low=1
-    )
+    stream_buffer_tokens: int = setting(8192, "tokens kept for a slow client; more ends its request", low=1)
     prefill_peers: int = setting(2, "prefill workers named to decode, best first", low=1, high=8)
 
 

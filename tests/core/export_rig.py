@@ -14,6 +14,7 @@ from tandem.core.messages.handoff import (
     RankEndpoint,
     ReleaseReason,
     ReleaseReceived,
+    SendAnnounce,
     Sharding,
     StreamLost,
 )
@@ -133,3 +134,9 @@ def end_codes(effects: Sequence[object]) -> list[tuple[int, EndCode]]:
 
 def refusal(effects: Sequence[object]) -> EndCode:
     return one(effects, EndStream).code
+
+
+def announced(effects: list[object]) -> list[tuple[int, int, int]]:
+    """(first ordinal, pages, tokens ready) of each announcement."""
+    found = [effect.announce for effect in of_type(effects, SendAnnounce)]
+    return [(one.first_ordinal, len(one.ranks[0].checksums) // 8, one.tokens_ready) for one in found]

@@ -130,9 +130,9 @@ class Pair:
         stream = getattr(effect, "stream_id", None)
         carried = self._carried(effect)
         if stream is not None and carried is not None:
-            other, number = self._stream_of[f"{worker}/{stream}"]
-            if other in self._workers:
-                self._queue.append((other, carried(number)))
+            end, number = self._stream_of[f"{worker}/{stream}"]
+            if end in self._workers:
+                self._queue.append((end, carried(number)))
 
     def _answer(self, effect: object) -> object | None:
         """What the worker's own transfer process says."""

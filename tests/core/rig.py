@@ -191,4 +191,3 @@ def _check_row(row: Row, page_tokens: int) -> None:
     assert row.num_tokens > 0
     assert len(row.token_ids) in ((row.num_tokens,) if row.num_tokens > 1 else (0, 1))
     assert len(row.pages) * page_tokens >= row.start + row.num_tokens, f"pages are missing: {row}"
-

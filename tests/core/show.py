@@ -68,7 +68,9 @@ def _row(row: Row) -> str:
     span = f"[{row.start}, {row.start + row.num_tokens})"
     tokens = _tokens(row.token_ids) if row.token_ids else "(the last sampled)"
     sample = f", sample {_sample(row.sample)}" if row.sample is not None else ""
-    return f"row of {row.request_id}: {span} {tokens} in {list(row.pages)}{sample}{', zero tail' if row.zero_tail else ''}"
+    return (
+        f"row of {row.request_id}: {span} {tokens} in {list(row.pages)}{sample}{', zero tail' if row.zero_tail else ''}"
+    )
 
 
 def _sample(sample: Sample) -> str:

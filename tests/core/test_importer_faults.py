@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from tandem.config import HandoffConfig, SchedulerConfig
-from tandem.core.messages.handoff import Complete, DropStream, EndCode, OpenStream, ReleaseReason, SendRelease
-from tandem.core.messages.handoff import StreamCompleted
+from tandem.core.messages.handoff import (
+    Complete,
+    DropStream,
+    EndCode,
+    OpenStream,
+    ReleaseReason,
+    SendRelease,
+    StreamCompleted,
+)
 from tandem.core.messages.requests import EndReason, Tokens
 from tandem.core.messages.transfer import CancelPull, Pull, PullStatus, TransferLost
 from tandem.core.states import State
@@ -193,9 +200,7 @@ def test_local_prefills_are_bounded() -> None:
     rig.submit(9, 4, 1)
     seen: set[int] = set()
     while rows := rig.plan():
-        extending = [
-            other.request_id for other in rig.scheduler._ledger.running if other.state is State.EXTENDING
-        ]
+        extending = [other.request_id for other in rig.scheduler._ledger.running if other.state is State.EXTENDING]
         assert len([number for number in extending if number != 9]) <= 2
         seen |= {row.request_id for row in rows}
         rig.resolve()

@@ -207,9 +207,7 @@ def test_cancel_of_a_hand_off(cause: CancelCause, moment: str) -> None:
     lost = cause is CancelCause.SESSION_LOST
     assert of_type(effects, DropStream) == ([DropStream(1)] if lost else [])
     assert of_type(effects, SendRelease) == ([] if lost else [SendRelease(1, ReleaseReason.ABANDONED)])
-    assert one(effects, Ended).reason is (
-        EndReason.STOP if cause is CancelCause.STOP_STRING else EndReason.CANCELLED
-    )
+    assert one(effects, Ended).reason is (EndReason.STOP if cause is CancelCause.STOP_STRING else EndReason.CANCELLED)
     if moment == "receiving":
         assert one(effects, CancelPull).ticket == rig.pulls[0].ticket
         counts = rig.scheduler.kv.pool.counts()

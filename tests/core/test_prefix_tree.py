@@ -35,9 +35,7 @@ class Forest:
 
     def cached(self, *prefixes: str, salt: str = "") -> list[int]:
         """How many tokens of each are found."""
-        return [
-            SIZE * len(self.tree.match([ord(token) for token in prefix], salt, len(prefix))) for prefix in prefixes
-        ]
+        return [SIZE * len(self.tree.match([ord(token) for token in prefix], salt, len(prefix))) for prefix in prefixes]
 
 
 def test_match_is_by_whole_pages_and_bounded() -> None:

@@ -68,8 +68,20 @@ def test_a_part_of_the_prompts_logprobs_is_told_nobody() -> None:
     assert rig.ended(1).prompt_logprobs == ()
 
 
-def test_resumed_request_with_prompt_logprobs_reports_the_prompt_only() -> None:
+def test_resumed_request_does_not_report_the_prompt_again() -> None:
+    """The client has heard its log-probabilities with the first token."""
     rig = Rig(scheduler=SchedulerConfig(budget_tokens=3))
     rig.submit(1, PROMPT, 6, outputs=[7, 8, 9], prompt_logprobs=0)
     rig.run()
-    assert of_type(rig.heard, Tokens)[0].prompt_logprobs == EXPECTED
+    assert len(rig.outputs(1)) == 3
+    assert {message.prompt_logprobs for message in of_type(rig.heard, Tokens)} == {()}
+
+
+def test_output_that_is_extended_after_a_hand_off_is_no_part_of_the_prompt() -> None:
+    rig = ImportRig()
+    rig.submit(1, PROMPT, 6, outputs=[7, 8, 9], prompt_logprobs=0, peers=(peer(1),))
+    rig.receive(1, 3, 7)
+    (row,) = rig.plan()
+    assert (row.start, row.token_ids, row.prompt_logprobs) == (11, (7, 8, 9), None)
+    rig.run()
+    assert {message.prompt_logprobs for message in of_type(rig.heard, Tokens)} == {()}

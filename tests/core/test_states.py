@@ -66,7 +66,5 @@ def test_nothing_leaves_the_end() -> None:
 
 def test_only_move_assigns_a_state() -> None:
     core = Path(__file__).resolve().parents[2] / "services" / "tandem" / "core"
-    assigning = [
-        path.name for path in core.rglob("*.py") if re.search(r"\.state = (?!.*state is)", path.read_text())
-    ]
+    assigning = [path.name for path in core.rglob("*.py") if re.search(r"\.state = (?!.*state is)", path.read_text())]
     assert assigning == ["states.py"]

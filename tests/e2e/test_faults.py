@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Program, Service
-from tests.e2e.wire_proxy import WireProxy, free_port
+from tests.fakes.transport_proxy import FaultProxy, Faults
 
 TCP = ("--transfer.transport", "tcp")
 # 100 ms to free, and up to 100 ms until the figures say so; the rest is for a busy machine
@@ -43,22 +44,27 @@ def all_free(*workers: Program, seconds: float = FREE_SECONDS) -> None:
 
 
 class Wired:
-    """A prefill worker whose KV port is reached through a proxy only."""
+    """A prefill worker whose KV port is reached through a proxy only; without faults given, the proxy stalls."""
 
-    def __init__(self, service: Service, *flags: str, flip_at: int | None = None) -> None:
+    def __init__(self, service: Service, *flags: str, faults: Faults | None = None) -> None:
         port = free_port()
-        self.proxy = WireProxy(("127.0.0.1", port), flip_at=flip_at)
+        self.proxy = FaultProxy(f"127.0.0.1:{port}", faults or Faults(stall_after=4096))
         self.prefill = service.worker(
             "prefill", *TCP, "--transfer.port", str(port), "--transfer.advertise-address", self.proxy.address, *flags
         )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
 def wired(service: Service) -> Iterator[Callable[..., Wired]]:
     made: list[Wired] = []
 
-    def make(*flags: str, flip_at: int | None = None) -> Wired:
-        made.append(Wired(service, *flags, flip_at=flip_at))
+    def make(*flags: str, faults: Faults | None = None) -> Wired:
+        made.append(Wired(service, *flags, faults=faults))
         return made[-1]
 
     yield make
@@ -87,9 +93,8 @@ def test_cancel_while_pages_are_pulled(service: Service, wired: Callable[..., Wi
     decode = service.worker("decode", *TCP).wait_ready()
     prefill = one.prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
-    one.proxy.stall()
     call = stub.StreamGenerate(greedy(random_prompt(random.Random(2), 500), 8))
-    assert one.proxy.held_back.wait(20)
+    assert one.proxy.has_stalled.wait(20)
     decode.wait_metric(lambda program: program.worker_metric("transfers_inflight") == 1)
     call.cancel()
     all_free(decode, prefill)
@@ -147,11 +152,10 @@ def test_prefill_killed_during_the_pull(service: Service, oracle: Oracle, wired:
     prefill = one.prefill.wait_ready()
     spare.wait_ready()
     prompt = random_prompt(random.Random(6), 400)
-    one.proxy.stall()
     stub = service.stub(service.gateway([prefill, spare], [decode], "--gateway.prefill-peers", "2"))
     with ThreadPoolExecutor(2) as threads:
         answers = [threads.submit(collect, stub, prompt[index:], 12) for index in range(2)]
-        assert one.proxy.held_back.wait(20)
+        assert one.proxy.has_stalled.wait(20)
         prefill.kill()
         one.proxy.close()
         for index, answer in enumerate(answers):
@@ -167,16 +171,15 @@ def test_decode_killed_during_the_pull(service: Service, oracle: Oracle, wired: 
     first.wait_ready(), second.wait_ready()
     prompt = random_prompt(random.Random(7), 400)
     handoff_id = secrets.token_bytes(16)
-    one.proxy.stall()
     with grpc.insecure_channel(first.address) as channel:
         call = WorkerServiceStub(channel).Generate(submit(prefill, prompt, handoff_id, attempt=1))
-        assert one.proxy.held_back.wait(20)
+        assert one.proxy.has_stalled.wait(20)
         prefill.wait_metric(lambda program: program.worker_metric("computed_tokens") >= len(prompt))
         first.kill()
         del call
     prefill.wait_metric(lambda program: program.worker_metric("leased_handoffs") == 1)
     computed = prefill.worker_metric("computed_tokens")
-    one.proxy.resume()
+    one.proxy.release()
     with grpc.insecure_channel(second.address) as channel:
         output: list[int] = []
         for message in WorkerServiceStub(channel).Generate(submit(prefill, prompt, handoff_id, attempt=2)):
@@ -191,11 +194,10 @@ def test_a_lease_ends(service: Service, wired: Callable[..., Wired]) -> None:
     one = wired("--handoff.lease-seconds", "1.5")
     decode = service.worker("decode", *TCP).wait_ready()
     prefill = one.prefill.wait_ready()
-    one.proxy.stall()
     with grpc.insecure_channel(decode.address) as channel:
         prompt = random_prompt(random.Random(8), 400)
         call = WorkerServiceStub(channel).Generate(submit(prefill, prompt, secrets.token_bytes(16), attempt=1))
-        assert one.proxy.held_back.wait(20)
+        assert one.proxy.has_stalled.wait(20)
         decode.kill()
         del call
     prefill.wait_metric(lambda program: program.worker_metric("leased_handoffs") == 1)
@@ -230,13 +232,12 @@ def test_transfer_process_killed(service: Service, oracle: Oracle, wired: Callab
     prefill = one.prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
     prompt = random_prompt(random.Random(9), 500)
-    one.proxy.stall()
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(collect, stub, prompt, 12)
-        assert one.proxy.held_back.wait(20)
+        assert one.proxy.has_stalled.wait(20)
         (victim,) = (prefill if side == "prefill" else decode).children("tandem.transfer")
         os.kill(victim, signal.SIGKILL)
-        one.proxy.resume()
+        one.proxy.release()
         oracle.check(prompt, answer.result(60), 12)
     assert decode.worker_metric("local_prefills") == 0, "attached again, nothing computed twice"
     all_free(prefill, decode, seconds=3.0)
@@ -264,17 +265,16 @@ def test_a_stopped_decode_worker_stalls_nobody_else(
     prefill = one.prefill.wait_ready()
     hung.wait_ready(), other.wait_ready()
     everybody = [hung.process.pid, *hung.children("tandem")]
-    one.proxy.stall()
     prompts = [random_prompt(random.Random(seed), 300) for seed in range(4)]
     with grpc.insecure_channel(hung.address) as channel:
         calls = [
             WorkerServiceStub(channel).Generate(submit(prefill, prompt, secrets.token_bytes(16), attempt=1))
             for prompt in prompts
         ]
-        assert one.proxy.held_back.wait(20)
+        assert one.proxy.has_stalled.wait(20)
         for pid in everybody:
             os.kill(pid, signal.SIGSTOP)
-        one.proxy.resume()
+        one.proxy.release()
         stub = service.stub(service.gateway([prefill], [other]))
         began = time.monotonic()
         for seed in range(20, 26):
@@ -290,7 +290,7 @@ def test_a_stopped_decode_worker_stalls_nobody_else(
 
 
 def test_a_flipped_bit_on_the_wire(service: Service, oracle: Oracle, wired: Callable[..., Wired]) -> None:
-    one = wired(flip_at=50_000)
+    one = wired(faults=Faults(flip_at=50_000, num_faulty=1))
     decode = service.worker("decode", *TCP).wait_ready()
     prefill = one.prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))

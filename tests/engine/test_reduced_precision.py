@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine import start as start_module
+from tandem.engine.ops import choice as choice_module
 from tandem.engine.ops import reference
 from tandem.engine.ops.reference import PlainLinear, ReferenceOperators, WideningLinear
 from tandem.engine.start import Engine
@@ -56,7 +56,7 @@ def test_close_to_float32(
     checkpoint_dtype: torch.dtype,
 ) -> None:
     """Both ways are forced, so that every machine tests both. The weights themselves are exact in either type."""
-    monkeypatch.setattr(start_module, "has_bf16_instructions", lambda: has_instructions)
+    monkeypatch.setattr(choice_module, "has_bf16_instructions", lambda: has_instructions)
     model = write_checkpoint(VARIANT, tmp_path, dtype=checkpoint_dtype)
     engine = start(tmp_path)
     assert engine.layout.dtype == "bfloat16"
@@ -96,6 +96,6 @@ def test_workers_with_and_without_instructions_pair(
     write_checkpoint(VARIANT, tmp_path, dtype=torch.bfloat16)
     fingerprints = set()
     for has_instructions in (False, True):
-        monkeypatch.setattr(start_module, "has_bf16_instructions", lambda known=has_instructions: known)
+        monkeypatch.setattr(choice_module, "has_bf16_instructions", lambda known=has_instructions: known)
         fingerprints.add(start(tmp_path).fingerprint)
     assert len(fingerprints) == 1

@@ -31,7 +31,8 @@ def test_what_an_engine_says(tmp_path: Path, start: EngineStarter) -> None:
     assert engine.spec.vocab_size == VOCABULARY
     assert engine.spec.eos_token_ids == (VOCABULARY - 1,)
     assert engine.spec.max_context_tokens == 256
-    assert (engine.numerics, engine.operators) == ("", "reference")
+    assert engine.operators == "reference" or engine.operators.startswith("cpu-")
+    assert (engine.numerics == "") == (engine.operators == "reference")
     assert engine.device.unresolved == 0
     assert not any(engine.memory.view.tobytes()), "the warm-up has left something in the pool"
 

@@ -40,23 +40,36 @@ class FaultProxy:
 
     def cut_all(self) -> None:
         """End every connection that there is."""
-        for sock in self._sockets:
+        self.cut(0)
+
+    def cut(self, first: int) -> None:
+        """End the connections from number `first` on."""
+        for sock in self._sockets[2 * first :]:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def stop_listening(self) -> None:
+        """Let no new connection in; those that are there stay."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def close(self) -> None:
         self.release()
         self.cut_all()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for sock in [self._listener, *self._sockets]:
+        self.stop_listening()
+        for sock in self._sockets:
             sock.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:
+                    near.close()  # the exporter is away
+                    continue
                 self._sockets += [near, far]
                 limit = self.faults.num_faulty
                 faults = self.faults if limit is None or self.num_connections < limit else Faults()

@@ -39,6 +39,7 @@ class Client:
         hurried = random.random() < options.deadlines
         self._life = random.uniform(0.02, 0.4) if hurried else _LIFE_SECONDS
         self._begun_at = 0.0
+        self._scored = False
         self._dies_at: float | None = None
 
     def begin(self) -> None:
@@ -91,8 +92,12 @@ class Client:
         if worker is not self.worker or message.request_id != self.request_id:
             return
         assert not self.done, f"client {self.number} hears {message} after its end"
+        due = max(self._dies_at or 0.0, self._begun_at)
+        assert self.world.now < due + 0.001, f"client {self.number} hears {message} after its deadline {due}"
         if message.prompt_logprobs:
             assert [logprob.token_id for logprob in message.prompt_logprobs] == self.prompt
+            assert not self._scored, f"client {self.number} hears its prompt's log-probabilities twice"
+            self._scored = True
             self.world.seen["prompt logprobs"] += 1
         if isinstance(message, Tokens):
             assert message.first_index == len(self.journal), f"token {message.first_index}, {len(self.journal)} known"
@@ -111,11 +116,11 @@ class Client:
             return
         if message.reason is EndReason.DEADLINE:
             assert self._dies_at is not None
-            due = max(self._dies_at, self._begun_at)
-            assert due <= world.now < due + 0.001, f"the deadline was {due}, now it is {world.now}"
+            assert self._dies_at <= world.now
         elif message.reason in (EndReason.STOP, EndReason.LENGTH) and not self.cancelled:
             assert self.journal == self.expected, f"client {self.number} ended early: {message}"
             assert (message.reason is EndReason.STOP) == (self.expected[-1:] == [world.options.eos])
+            assert self._scored == (self.sampling.prompt_logprobs is not None)
         else:
             assert self.cancelled, f"client {self.number}: {message}"
         self.done = True

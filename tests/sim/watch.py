@@ -51,6 +51,13 @@ class Watch:
     def _count(self, what: str) -> None:
         self._seen[what] += 1
 
+    def after_event(self) -> None:
+        """Whoever holds a cached page holds the pages before it: else they would be evicted first."""
+        references = self._worker.scheduler.kv.pool.references
+        for node in self._worker.scheduler.kv.tree.nodes():
+            if node.parent is not None and node.parent.page >= 0 and references(node.page):
+                assert references(node.parent.page), f"page {node.page} is held, the one before it is not"
+
     # ---- plans ----------------------------------------------------------------------------------------------------
 
     def planned(self, plan: Plan) -> None:
@@ -123,6 +130,11 @@ class Watch:
             assert found.handoff_id in exporter._book.live, "a lost stream was taken for a Release"
             assert found.lease_until == ends, f"the lease ends at {found.lease_until}, not at {ends}"
             self._count("lease")
+            self._worker.world.later(ends - self._worker.world.now + 0.001, over)
+
+        def over() -> None:
+            is_over = found.lease_until != ends or found.handoff_id not in exporter._book.live
+            assert is_over or not self._worker.alive, "the lease is over, and the hand-off is still there"
 
         return check
 

@@ -57,7 +57,7 @@ class SimWorker:
             world.later,
             self.event,
             world.directory,
-            options.faults,  # type: ignore[arg-type]
+            options.faults,
         )
         self.watch = Watch(self)
         self.clients: dict[int, Client] = {}
@@ -87,6 +87,7 @@ class SimWorker:
         while self.device.unresolved <= self.depth and (plan := self.scheduler.plan(now)):
             self.watch.planned(plan)
             self.device.launch(plan)
+        self.watch.after_event()
         faults = self.scheduler.self_check()
         assert not faults, faults
         for effect in self.scheduler.drain_effects():
@@ -152,3 +153,5 @@ class SimWorker:
         counts = self.scheduler.kv.pool.counts()
         assert self.scheduler.idle, f"{self.name} is not idle: {self.scheduler.load(self.world.now)}"
         assert counts.free + counts.cached == counts.total, f"{self.name}: {counts}"
+        slots = self.scheduler._ledger._slots
+        assert sorted(slots) == list(range(self.world.options.max_running)), f"{self.name} has these slots: {slots}"

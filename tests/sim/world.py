@@ -24,7 +24,6 @@ from tests.sim.client import Client
 from tests.sim.transfer import SimTransfer
 from tests.sim.worker import SimWorker
 
-
 COUNTED = (
     "discarded_rows",
     "checksum_mismatches",
@@ -79,6 +78,7 @@ class Stream:
     decode_id: int
     prefill: SimWorker
     prefill_id: int
+    handoff_id: bytes
     decode_open: bool = True
     prefill_open: bool = False  # until Open has arrived
     up_at: float = 0.0
@@ -152,7 +152,10 @@ class World:
             closed = StreamClosed(effect.stream_id, EndCode.LOST, "unreachable")
             self.later(self.random.uniform(0.0, 0.05), lambda: decode.event(closed))
             return
-        stream = Stream(decode, effect.stream_id, prefill, prefill.new_stream_id())
+        for other in self.streams:
+            left = other.decode is decode and other.decode_open and other.handoff_id == effect.open.handoff_id
+            assert not left, f"stream {other.decode_id} is left behind, stream {effect.stream_id} is opened"
+        stream = Stream(decode, effect.stream_id, prefill, prefill.new_stream_id(), effect.open.handoff_id)
         self.streams.append(stream)
         self.stream_of[decode, effect.stream_id] = stream
         self.stream_of[prefill, stream.prefill_id] = stream
@@ -253,7 +256,7 @@ class World:
                 self.later(self._latency(), client.worker_lost)
 
     def _drain_somebody(self) -> None:
-        """A rolling restart: another worker takes the place, this one finishes what it has, or what its grace lets it."""
+        """A rolling restart: another worker takes the place, this one finishes what its grace lets it."""
         group = self.random.choice([group for group in (self.prefills, self.decodes) if group])
         index = self.random.randrange(len(group))
         self.log(f"fault: {group[index].name} drains")

@@ -105,6 +105,19 @@ def test_a_pooled_connection_that_died_is_replaced_silently(importer: Peer, shar
     assert proxy.num_connections == 4
 
 
+def test_one_connection_that_is_left_serves_all(importer: Peer, shared: Shared, proxy: FaultProxy) -> None:
+    """A thread that cannot connect again passes its work on to those that are connected, and wakes them up."""
+    endpoint = through(proxy, shared)
+    assert importer.pull(shared, ALL, endpoint=endpoint).status is PullStatus.DONE
+    assert proxy.num_connections == 2
+    proxy.stop_listening()
+    proxy.cut(1)
+    for _ in range(20):
+        one = {"ordinals": (0,), "checksums": shared.checksums[:8], "remote_pages": b""}
+        ticket = importer.begin_pull(shared, [0], endpoint=endpoint, **one)
+        assert importer.end_pull(ticket, seconds=PROGRESS_SECONDS).status is PullStatus.DONE
+
+
 def test_a_stalled_peer_is_broken_off_in_time_and_delays_nobody(
     importer: Peer, shared: Shared, proxy: FaultProxy
 ) -> None:

@@ -254,6 +254,7 @@ class Exporter:
             sampling=open_.sampling,
             tokens=tokens,
             num_prompt=len(tokens) - open_.output_tokens,
+            num_given=open_.output_tokens,
             salt=open_.cache_salt,
             deadline=None if open_.timeout_seconds is None else now + open_.timeout_seconds,
             marks=Marks(arrived=now),

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from tandem.core.pages import PagePool
 
-
 _ROOT = -1
 _STALE_LEAVES_MAX = 64
 

@@ -73,8 +73,12 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether rows of this request still have to report log-probabilities of the prompt."""
-        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+        """Whether rows of this request still have to report log-probabilities of the prompt.
+
+        Not those of a resumed one: the client has them since its first token.
+        """
+        wanted = self.sampling.prompt_logprobs is not None and self.num_given == 0
+        return wanted and len(self.prompt_logprobs) < self.num_prompt
 
     def set_pages(self, pages: list[int]) -> None:
         self.pages = pages

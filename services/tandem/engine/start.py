@@ -14,12 +14,13 @@ from tandem.config import Config, ModelConfig
 from tandem.engine.cpu import CpuDevice
 from tandem.engine.cuda import CudaDevice
 from tandem.engine.device import Device
-from tandem.engine.host import available_memory_bytes, has_bf16_instructions, usable_cpus
+from tandem.engine.host import available_memory_bytes, usable_cpus
 from tandem.engine.location import Checkpoint, locate_checkpoint
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.spec import DecoderSpec, read_spec
 from tandem.engine.models.tensors import expected_bytes
-from tandem.engine.ops.reference import ReferenceOperators
+from tandem.engine.ops.choice import choose_operators
+from tandem.engine.ops.contract import Operators
 from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout
 from tandem.engine.runner import PlanRunner
 from tandem.engine.weights import CheckpointFiles, Weights
@@ -81,7 +82,8 @@ def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
         layout = sized_layout(one_page, config.cache, free_bytes)
         progress(f"KV pool: {layout.num_pages} pages of {layout.page_tokens} tokens, {layout.pool_bytes / 1e9:.2f} GB")
         memory = PoolMemory.create(layout.pool_bytes)
-        operators = ReferenceOperators(_activation_dtype(loaded.dtype, device))
+        operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)
+        progress(f"operators: {operators.name}, numerics {operators.numerics or 'not claimed'}")
         decoder = Decoder(loaded.spec, loaded.weights.tensors, operators)
         ready = _build_device(config, decoder, memory, layout, device, num_threads)
     return Engine(
@@ -90,7 +92,7 @@ def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
         layout=layout,
         spec=loaded.spec,
         fingerprint=layout.fingerprint(loaded.digest),
-        numerics=operators.numerics,
+        numerics=_numerics(operators, loaded.dtype),
         operators=operators.name,
         weight_bytes=loaded.weights.num_bytes,
     )
@@ -161,11 +163,9 @@ def _dtype(config: ModelConfig, checkpoint_dtype: str) -> str:
     return "float32" if checkpoint_dtype == "float32" else "bfloat16"
 
 
-def _activation_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """bfloat16 only where the device multiplies it; elsewhere the weights stay narrow and each linear widens them."""
-    if dtype == "bfloat16" and (device.type == "cuda" or has_bf16_instructions()):
-        return torch.bfloat16
-    return torch.float32
+def _numerics(operators: Operators, dtype: str) -> str:
+    """What must be equal for two workers' bits to be equal; empty where nothing is claimed."""
+    return f"{operators.numerics}-{dtype}-tensor1-expert1" if operators.numerics else ""
 
 
 def _free_bytes(device: torch.device) -> int:

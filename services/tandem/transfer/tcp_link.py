@@ -60,7 +60,7 @@ class TcpLink:
                 thread = threading.Thread(target=self._run, name="kv-pull", daemon=True)
                 self._threads.add(thread)
                 thread.start()
-            self._changed.notify(len(parts))
+            self._changed.notify_all()  # a thread that is busy connecting may not be the one to wait for
 
     def break_off(self, job: PullJob, status: PullStatus, message: str) -> None:
         """Drop the job's waiting parts and cut its connections; it ends when their threads have noticed."""
@@ -126,6 +126,7 @@ class TcpLink:
         with self._changed:
             if self._num_connected:
                 self._threads.discard(threading.current_thread())
+                self._changed.notify()  # what woke this thread up is theirs now
                 return True
         return False
 

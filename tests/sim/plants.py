@@ -1,0 +1,327 @@
+"""Faults to be planted in the scheduler; each docstring is the promise that it breaks. Nothing here is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tandem.core.exporter import Exporter
+from tandem.core.importer import Importer
+from tandem.core.ledger import Ledger
+from tandem.core.messages.handoff import ReleaseReason, ReleaseReceived, StreamFirstToken, StreamLost
+from tandem.core.messages.plans import Row
+from tandem.core.messages.transfer import PullEnded, PullStatus
+from tandem.core.pages import PagePool
+from tandem.core.planner import Planner
+from tandem.core.radix import Node, PrefixTree
+from tandem.core.states import State
+
+Patch = pytest.MonkeyPatch
+PLANTS: dict[str, Callable[[Patch], None]] = {}
+
+
+def plant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    PLANTS[function.__name__] = function
+    return function
+
+
+# ---- pages --------------------------------------------------------------------------------------------------------
+
+
+@plant
+def freed_without_a_fence(patch: Patch) -> None:
+    """A page returns to the free list only after the launches before its release."""
+    patch.setattr(PagePool, "_retire", lambda self, page: None if self._busy[page] else self._to_free(page))
+
+
+@plant
+def evicted_without_a_fence(patch: Patch) -> None:
+    """A cached page is evicted only after the launches before its release."""
+    original = PrefixTree.released
+
+    def released(self: PrefixTree, pages: list[int]) -> None:
+        original(self, pages)
+        for page in pages:
+            self._nodes[page].fence = 0
+
+    patch.setattr(PrefixTree, "released", released)
+
+
+@plant
+def busy_pages_reused(patch: Patch) -> None:
+    """Pages under a read are quarantined until the read is proven over."""
+
+    def stop_pulls(self: Importer, imp: Any) -> None:
+        for number, ticket in list(self._book.tickets.items()):
+            if ticket.owner is imp:
+                self._ledger.kv.pool.clear_busy(self._book.tickets.pop(number).pages)
+        imp.generation += 1
+
+    patch.setattr(Importer, "_stop_pulls", stop_pulls)
+
+
+@plant
+def pull_ended_is_no_proof(patch: Patch) -> None:
+    """The end of a pull clears its pages, whoever they belonged to."""
+    original = Importer.pull_ended
+
+    def pull_ended(self: Importer, event: PullEnded, now: float) -> None:
+        ticket = self._book.tickets.get(event.ticket)
+        if ticket is None or ticket.is_current:
+            original(self, event, now)
+
+    patch.setattr(Importer, "pull_ended", pull_ended)
+
+
+@plant
+def freed_before_the_revocation_is_acknowledged(patch: Patch) -> None:
+    """Exported pages are freed only when the transfer process serves them no longer."""
+    original = Exporter._finish
+
+    def finish(self: Exporter, export: Any, reason: Any) -> None:
+        original(self, export, reason)
+        if self._book.revoking.pop(export.handoff_id, None) is not None:
+            self._unpin(export)
+
+    patch.setattr(Exporter, "_finish", finish)
+
+
+@plant
+def a_child_under_somebody_elses_page(patch: Patch) -> None:
+    """A page enters the tree only below its own request's path."""
+    original = PrefixTree.insert
+
+    def insert(self: PrefixTree, parent: Node | None, salt: str, key: tuple[int, ...], page: int) -> Node | None:
+        root = self._roots.get(salt) if parent is None else parent
+        there = root.children.get(key) if root is not None else None
+        return there if there is not None else original(self, parent, salt, key, page)
+
+    patch.setattr(PrefixTree, "insert", insert)
+
+
+@plant
+def a_hand_off_that_made_room_keeps_its_row(patch: Patch) -> None:
+    """What gives its pages up while a plan is made has no row in it."""
+
+    def plan(self: Planner, now: float) -> Any:
+        planned = self._rows(now)
+        rows, owners = tuple(row for row, _ in planned), tuple(owner for _, owner in planned)
+        return self._launch(rows, owners) if rows else None
+
+    patch.setattr(Planner, "plan", plan)
+
+
+@plant
+def resumed_output_without_pages(patch: Patch) -> None:
+    """A resumed request's output may reach beyond the pages that are handed over."""
+
+    def smaller(*values: Any, **options: Any) -> Any:
+        return values[0] if len(values) == 2 and not options else max(*values, **options)
+
+    patch.setattr("tandem.core.importer.max", smaller, raising=False)
+
+
+# ---- hand-off -----------------------------------------------------------------------------------------------------
+
+
+@plant
+def a_lost_stream_is_a_release(patch: Patch) -> None:
+    """EOF is no Release."""
+
+    def stream_lost(self: Exporter, event: StreamLost, now: float) -> None:
+        self.released(ReleaseReceived(event.stream_id, ReleaseReason.DONE), now)
+
+    patch.setattr(Exporter, "stream_lost", stream_lost)
+
+
+@plant
+def slots_not_zeroed(patch: Patch) -> None:
+    """Unused slots of the last page are zero."""
+    original = Planner._extend_row
+
+    def extend_row(self: Planner, request: Any, left: int) -> Row:
+        return replace(original(self, request, left), zero_tail=False)
+
+    patch.setattr(Planner, "_extend_row", extend_row)
+
+
+@plant
+def the_cap_ignored(patch: Patch) -> None:
+    """Pages that one importer may pin are bounded."""
+    patch.setattr(Exporter, "first_startable", lambda self, waiting: waiting[0] if waiting else None)
+
+
+@plant
+def the_cap_of_what_is_pinned_only(patch: Patch) -> None:
+    """The cap is checked against the whole prompt."""
+
+    def first_startable(self: Exporter, waiting: Any) -> Any:
+        return next((one for one in waiting if self._book.pinned(self._book.of(one).importer) < self._cap_pages), None)
+
+    patch.setattr(Exporter, "first_startable", first_startable)
+
+
+@plant
+def a_lower_attempt_accepted(patch: Patch) -> None:
+    """Attempts are ordered: an older one that comes late takes nothing over."""
+    original = Exporter._refusal
+
+    def refusal(self: Exporter, open_: Any, now: float) -> Any:
+        export = self._book.live.get(open_.handoff_id)
+        return None if export is not None else original(self, open_, now)
+
+    patch.setattr(Exporter, "_refusal", refusal)
+
+
+@plant
+def a_mismatch_accepted(patch: Patch) -> None:
+    """Pages are used only after their checksums matched."""
+    original = Importer.pull_ended
+
+    def pull_ended(self: Importer, event: PullEnded, now: float) -> None:
+        if event.status is PullStatus.MISMATCH:
+            good = (*event.good_ordinals, *event.bad_ordinals)
+            event = replace(event, status=PullStatus.DONE, good_ordinals=good, bad_ordinals=())
+        original(self, event, now)
+
+    patch.setattr(Importer, "pull_ended", pull_ended)
+
+
+@plant
+def not_landed_pages_used(patch: Patch) -> None:
+    """Decoding starts only when every page is here."""
+    patch.setattr("tandem.core.imports.Import.is_landed", property(lambda self: bool(self.landed)))
+
+
+@plant
+def streams_left_behind(patch: Patch) -> None:
+    """Decode ends every stream that it opened."""
+    original = Importer._close_attempt
+
+    def close_attempt(self: Importer, imp: Any) -> None:
+        self._book.forget_stream(imp)
+        original(self, imp)
+
+    patch.setattr(Importer, "_close_attempt", close_attempt)
+
+
+# ---- tokens -------------------------------------------------------------------------------------------------------
+
+
+@plant
+def a_row_past_the_end(patch: Patch) -> None:
+    """No speculative row past max_tokens."""
+
+    def may_speculate(self: Planner, request: Any) -> bool:
+        return bool(request.samples_in_flight < self._settings.chain and not request.sampling.needs_history)
+
+    patch.setattr(Planner, "_may_speculate", may_speculate)
+
+
+@plant
+def a_speculative_row_with_penalties(patch: Patch) -> None:
+    """No speculative row where the draw needs the tokens before it."""
+
+    def may_speculate(self: Planner, request: Any) -> bool:
+        pending = request.samples_in_flight
+        return bool(pending < self._settings.chain and request.num_outputs + pending < request.sampling.max_tokens)
+
+    patch.setattr(Planner, "_may_speculate", may_speculate)
+
+
+@plant
+def the_first_token_sampled_again(patch: Patch) -> None:
+    """A forwarded first token is known, also when the prompt is computed here in the end."""
+    original = Importer._compute_here
+
+    def compute_here(self: Importer, imp: Any, now: float) -> None:
+        del imp.request.tokens[imp.num_tokens :]
+        original(self, imp, now)
+
+    patch.setattr(Importer, "_compute_here", compute_here)
+
+
+@plant
+def a_first_token_taken_twice(patch: Patch) -> None:
+    """A FirstToken of a later attempt is ignored."""
+
+    def first_token(self: Importer, event: StreamFirstToken, now: float) -> None:
+        imp = self._book.by_stream(event.stream_id)
+        if imp is not None:
+            self._ledger.append_output(imp.request, event.first_token.token_id, None, now)
+            self._land(imp, now)
+
+    patch.setattr(Importer, "first_token", first_token)
+
+
+@plant
+def ends_below_min_tokens(patch: Patch) -> None:
+    """No end token below min_tokens."""
+    original = Planner._sample
+    patch.setattr(Planner, "_sample", lambda self, request: replace(original(self, request), banned=()))
+
+
+@plant
+def retracted_with_rows_in_flight(patch: Patch) -> None:
+    """A request is retracted once its launches have resolved."""
+    original = Planner._grow
+
+    def grow(self: Planner, request: Any, known: bool, now: float) -> bool:
+        result = original(self, request, known, now)
+        for other in list(self._ledger.running):
+            if other.retracting and other.state is State.DECODING:
+                other.rows_in_flight, rows = 0, other.rows_in_flight
+                self._retract(other)
+                other.rows_in_flight = rows
+        return result
+
+    patch.setattr(Planner, "_grow", grow)
+
+
+@plant
+def output_forgotten_by_a_retraction(patch: Patch) -> None:
+    """What a retracted request has said stays said."""
+    original = Planner._retract
+
+    def retract(self: Planner, request: Any) -> None:
+        original(self, request)
+        del request.tokens[-1]
+
+    patch.setattr(Planner, "_retract", retract)
+
+
+# ---- ends ---------------------------------------------------------------------------------------------------------
+
+
+@plant
+def deadlines_ignored(patch: Patch) -> None:
+    """A request ends when its deadline passes."""
+    original = Ledger.enter
+
+    def enter(self: Ledger, request: Any) -> None:
+        deadline, request.deadline = request.deadline, None
+        original(self, request)
+        request.deadline = deadline
+
+    patch.setattr(Ledger, "enter", enter)
+
+
+@plant
+def a_slot_never_given_back(patch: Patch) -> None:
+    """Whoever stops running gives its slot back."""
+
+    def stop_running(self: Ledger, request: Any) -> None:
+        if request.slot >= 0:
+            request.slot = -1
+            self.running.remove(request)
+
+    patch.setattr(Ledger, "stop_running", stop_running)
+
+
+@plant
+def leases_never_end(patch: Patch) -> None:
+    """Orphaned hand-offs go when their lease is over."""
+    patch.setattr(Exporter, "lease_due", lambda self, handoff_id, now: None)
