@@ -37,7 +37,7 @@ class SchedulerConfig:
     loop: LoopName = setting("overlap", "event loop: overlap plans while the device computes, normal does not")
     budget_tokens: int = setting(1024, "most tokens of one plan (chunked prefill)", low=1, high=1 << 20)
     step_seconds_max: float = setting(0.2, "a plan's length by the measured rate, seconds; 0: no bound", low=0)
-    max_running_requests: int = setting(256, "requests that hold pages at once", low=1, high=65536)
+    max_running_requests: int = setting(256, "requests that are computed at once", low=1, high=65536)
     max_waiting_requests: int = setting(4096, "requests that wait; more are refused as overloaded", low=1)
     max_local_prefills: int = setting(2, "prompts that decode computes at once after prefill peers failed", low=1)
 

@@ -107,18 +107,23 @@ def test_losing_a_prefix_is_not_a_try_of_the_peer() -> None:
     assert tries[0] == tries[1]
 
 
-def test_pins_are_left_alone_while_enough_pages_come_back_by_themselves() -> None:
+@pytest.mark.parametrize("received", [False, True])
+def test_pins_are_left_alone_while_enough_pages_come_back_by_themselves(received: bool) -> None:
     """What a launch in flight still holds is there soon: nobody has to open again for it."""
     rig = warm(num_pages=8)
     rig.submit(1, prompt_of(10, 500), 4, peers=(peer(1),))  # pins 2 of 8
     rig.submit(2, 24, 1)
     rig.plan()
     rig.send(Cancel(2))
-    rig.submit(3, 24, 1)
+    rig.submit(3, 24, 1, peers=(peer(3),) if received else ())
+    if received:
+        rig.accept(2)
+        rig.announce(2, 0, 6)
     assert rig.plan() == ()
     assert of_type(rig.heard, DropStream) == []
     rig.resolve()
-    assert [row.request_id for row in rig.plan()] == [3]
+    rig.plan()
+    assert rig.request(3).state is (State.RECEIVING if received else State.EXTENDING)
     assert rig.request(1).pages
 
 

@@ -174,7 +174,20 @@ def test_the_youngest_is_retracted_and_resumes() -> None:
     assert rig.num_free == 6
 
 
-def test_the_retracted_goes_before_those_that_came_earlier() -> None:
+def test_the_retracted_wait_in_front_of_those_that_came_earlier() -> None:
+    rig = Rig()
+    ledger = rig.scheduler._ledger
+    for number in (1, 2, 3, 4):
+        rig.submit(number, 4)
+    for number in (4, 3):
+        request = rig.request(number)
+        ledger.waiting.remove(request)
+        request.was_retracted = True
+        ledger.wait(request)
+    assert [request.request_id for request in ledger.waiting] == [3, 4, 1, 2]
+
+
+def test_the_retracted_goes_before_newcomers() -> None:
     rig = crowd()
     rig.submit(4, 4, 1)
     while not rig.scheduler.load(0.0).retractions:

@@ -173,6 +173,23 @@ def test_known_tokens_get_the_last_page_before_speculative_ones() -> None:
     assert rig.scheduler.load(0.0).retractions == 0
 
 
+def test_nobody_is_retracted_while_cached_pages_are_on_their_way_back() -> None:
+    rig = Rig(chain=2, num_pages=5)
+    rig.submit(1, 8, 4)
+    rig.submit(2, 8, 1)
+    rig.plan()
+    rig.submit(3, 3, 1)
+    rig.plan()
+    rig.resolve()
+    assert rig.ended(2).reason is EndReason.LENGTH
+    assert rig.scheduler.kv.pool.num_cached == 2, "not to be evicted before the second launch has resolved"
+    assert rig.plan() == ()
+    assert rig.request(1).state is State.DECODING
+    rig.resolve()
+    assert [row.request_id for row in rig.plan()] == [1]
+    assert rig.scheduler.load(0.0).retractions == 0
+
+
 def test_a_retracted_request_recomputes_over_its_cached_prefix() -> None:
     rig = full_pool()
     rig.resolve()

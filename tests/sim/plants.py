@@ -11,13 +11,12 @@ import pytest
 from tandem.core.exporter import Exporter
 from tandem.core.importer import Importer
 from tandem.core.ledger import Ledger
-from tandem.core.messages.handoff import ReleaseReason, ReleaseReceived, StreamFirstToken, StreamLost
+from tandem.core.messages.handoff import ReleaseReason, ReleaseReceived, StreamLost
 from tandem.core.messages.plans import Row
 from tandem.core.messages.transfer import PullEnded, PullStatus
 from tandem.core.pages import PagePool
 from tandem.core.planner import Planner
 from tandem.core.radix import Node, PrefixTree
-from tandem.core.states import State
 
 Patch = pytest.MonkeyPatch
 PLANTS: dict[str, Callable[[Patch], None]] = {}
@@ -206,91 +205,6 @@ def streams_left_behind(patch: Patch) -> None:
         original(self, imp)
 
     patch.setattr(Importer, "_close_attempt", close_attempt)
-
-
-# ---- tokens -------------------------------------------------------------------------------------------------------
-
-
-@plant
-def a_row_past_the_end(patch: Patch) -> None:
-    """No speculative row past max_tokens."""
-
-    def may_speculate(self: Planner, request: Any) -> bool:
-        return bool(request.samples_in_flight < self._settings.chain and not request.sampling.needs_history)
-
-    patch.setattr(Planner, "_may_speculate", may_speculate)
-
-
-@plant
-def a_speculative_row_with_penalties(patch: Patch) -> None:
-    """No speculative row where the draw needs the tokens before it."""
-
-    def may_speculate(self: Planner, request: Any) -> bool:
-        pending = request.samples_in_flight
-        return bool(pending < self._settings.chain and request.num_outputs + pending < request.sampling.max_tokens)
-
-    patch.setattr(Planner, "_may_speculate", may_speculate)
-
-
-@plant
-def the_first_token_sampled_again(patch: Patch) -> None:
-    """A forwarded first token is known, also when the prompt is computed here in the end."""
-    original = Importer._compute_here
-
-    def compute_here(self: Importer, imp: Any, now: float) -> None:
-        del imp.request.tokens[imp.num_tokens :]
-        original(self, imp, now)
-
-    patch.setattr(Importer, "_compute_here", compute_here)
-
-
-@plant
-def a_first_token_taken_twice(patch: Patch) -> None:
-    """A FirstToken of a later attempt is ignored."""
-
-    def first_token(self: Importer, event: StreamFirstToken, now: float) -> None:
-        imp = self._book.by_stream(event.stream_id)
-        if imp is not None:
-            self._ledger.append_output(imp.request, event.first_token.token_id, None, now)
-            self._land(imp, now)
-
-    patch.setattr(Importer, "first_token", first_token)
-
-
-@plant
-def ends_below_min_tokens(patch: Patch) -> None:
-    """No end token below min_tokens."""
-    original = Planner._sample
-    patch.setattr(Planner, "_sample", lambda self, request: replace(original(self, request), banned=()))
-
-
-@plant
-def retracted_with_rows_in_flight(patch: Patch) -> None:
-    """A request is retracted once its launches have resolved."""
-    original = Planner._grow
-
-    def grow(self: Planner, request: Any, known: bool, now: float) -> bool:
-        result = original(self, request, known, now)
-        for other in list(self._ledger.running):
-            if other.retracting and other.state is State.DECODING:
-                other.rows_in_flight, rows = 0, other.rows_in_flight
-                self._retract(other)
-                other.rows_in_flight = rows
-        return result
-
-    patch.setattr(Planner, "_grow", grow)
-
-
-@plant
-def output_forgotten_by_a_retraction(patch: Patch) -> None:
-    """What a retracted request has said stays said."""
-    original = Planner._retract
-
-    def retract(self: Planner, request: Any) -> None:
-        original(self, request)
-        del request.tokens[-1]
-
-    patch.setattr(Planner, "_retract", retract)
 
 
 # ---- ends ---------------------------------------------------------------------------------------------------------

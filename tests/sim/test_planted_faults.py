@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sim import token_plants
 from tests.sim.plants import PLANTS
 from tests.sim.scenarios import crowded
 
 FIRST_SEED, MAX_SEEDS = 3000, 60
+assert token_plants.__doc__, "imported for what it plants"
 
 
 @pytest.mark.parametrize("name", list(PLANTS))

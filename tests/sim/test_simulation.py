@@ -12,7 +12,7 @@ import pytest
 
 from tests.sim.scenarios import STORM, crowded, simulate
 
-SEEDS = int(os.environ.get("TANDEM_SIM_SEEDS", "100"))
+SEEDS = int(os.environ.get("TANDEM_SIM_SEEDS", "80"))
 HAPPENS = (
     "attach",
     "checksum_mismatches",
