@@ -2,9 +2,10 @@
 
     python bench/transfer.py [--megabytes 256] [--rounds 7] [--connections 4]
 
-Raw: as many plain connections between two processes, contiguous memory, nothing checked. Ours: a real transfer
-process exports, pages lie scattered on both sides. "hashed": each end also hashes every page while they travel.
-The three run one after the other in each round; a ratio is the median of the rounds' ratios, so load cancels out.
+raw: as many connections between two processes, the same scattered pages by the same scatter-gather calls, 4 MiB each,
+and nothing else: no requests, frames, grants, checks. plain: a real transfer process exports, importer's hashing off.
+hashed: each end also hashes every page while they travel. The three run one after the other in each round; a ratio is
+the median of the rounds' ratios, so that the machine's load cancels out.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import numpy as np
 
 from tandem.config import HandoffConfig, TransferConfig
 from tandem.core.messages.transfer import Export, Exported, Pull, PullEnded, PullStatus, TransferReady
+from tandem.transfer.iovec import Iovecs, Runs, advance, receive, send
 from tandem.transfer.layout import KvLayout
 from tandem.transfer.memory import PoolMemory
-from tandem.transfer.pages import PageSpace
+from tandem.transfer.pages import Pages, PageSpace
 from tandem.transfer.process import TransferProcess
 from tandem.transfer.pull_job import PullJob
 from tandem.transfer.self_test import scratch
@@ -42,16 +44,33 @@ GOALS = {"plain": 0.9, "hashed": 0.65}
 Outcome = TypeVar("Outcome")
 
 
-class RawSockets:
-    """A child that sends `num_bytes` / n on each of n connections whenever it reads a byte on it."""
+def scattered(num_pages: int, seed: int) -> list[int]:
+    return random.Random(seed).sample(range(num_pages), num_pages)
 
-    def __init__(self, num_bytes: int, num_connections: int) -> None:
-        self._share = num_bytes // num_connections
-        self._target = np.zeros(num_bytes, dtype=np.uint8)
+
+def pieces(num_bytes: int, page_bytes: int, seed: int) -> tuple[PageSpace, list[Iovecs]]:
+    """Touched memory, and the iovecs of all its pages in random order, PIECE_BYTES at a time."""
+    space = scratch(num_bytes // page_bytes, page_bytes)
+    space.rows[:] = 1
+    runs = Runs.of(Pages.of(space, scattered(space.num_pages, seed)))
+    return space, [runs.iovecs(begin, begin + PIECE_BYTES) for begin in range(0, num_bytes, PIECE_BYTES)]
+
+
+def move(call: Callable[[socket.socket, Iovecs], int], sock: socket.socket, own: list[Iovecs]) -> None:
+    for vectors in own:
+        left = vectors
+        while len(left):
+            left = advance(left, call(sock, left))
+
+
+class RawSockets:
+    """A child that sends its share of the pages on a connection whenever it reads a byte there."""
+
+    def __init__(self, num_bytes: int, page_bytes: int, num_connections: int) -> None:
+        self._space, self._pieces = pieces(num_bytes, page_bytes, 2)
         listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        arguments = [sys.executable, __file__, "--raw-child", str(port), str(self._share), str(num_connections)]
-        self._child = subprocess.Popen(arguments)
+        numbers = (listener.getsockname()[1], num_bytes, page_bytes, num_connections)
+        self._child = subprocess.Popen([sys.executable, __file__, "--raw-child", *map(str, numbers)])
         self._sockets = [listener.accept()[0] for _ in range(num_connections)]
         listener.close()
 
@@ -63,12 +82,8 @@ class RawSockets:
             thread.join()
 
     def _receive(self, index: int) -> None:
-        sock = self._sockets[index]
-        view = self._target.data[index * self._share : (index + 1) * self._share]
-        sock.sendall(b"x")
-        done = 0
-        while done < len(view):
-            done += sock.recv_into(view[done : done + PIECE_BYTES], 0, socket.MSG_WAITALL)
+        self._sockets[index].sendall(b"x")
+        move(receive, self._sockets[index], self._pieces[index :: len(self._sockets)])
 
     def close(self) -> None:
         for sock in self._sockets:
@@ -76,15 +91,15 @@ class RawSockets:
         self._child.wait(10)
 
 
-def raw_child(port: int, share: int, num_connections: int) -> None:
-    def send(sock: socket.socket) -> None:
-        view = np.ones(share, dtype=np.uint8).data
+def raw_child(port: int, num_bytes: int, page_bytes: int, num_connections: int) -> None:
+    _space, own = pieces(num_bytes, page_bytes, 1)
+
+    def serve(index: int, sock: socket.socket) -> None:
         while sock.recv(1):
-            for begin in range(0, share, PIECE_BYTES):
-                sock.sendall(view[begin : begin + PIECE_BYTES])
+            move(send, sock, own[index::num_connections])
 
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(num_connections)]
-    threads = [threading.Thread(target=send, args=(sock,)) for sock in sockets]
+    threads = [threading.Thread(target=serve, args=numbered) for numbered in enumerate(sockets)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -96,8 +111,8 @@ class OurTransfer:
 
     def __init__(self, num_bytes: int, page_bytes: int, num_connections: int) -> None:
         num_pages = num_bytes // page_bytes
-        self._pages = random.Random(1).sample(range(num_pages), num_pages)
-        self._targets = random.Random(2).sample(range(num_pages), num_pages)
+        self._pages = scattered(num_pages, 1)
+        self._targets = scattered(num_pages, 2)
         layout = KvLayout(
             num_pages=num_pages,
             num_layers=1,
@@ -185,7 +200,10 @@ def rate(run: Callable[[], None], num_bytes: int) -> float:
 
 
 def measure(page_bytes: int, num_bytes: int, num_rounds: int, num_connections: int) -> None:
-    raw_sockets, transfer = RawSockets(num_bytes, num_connections), OurTransfer(num_bytes, page_bytes, num_connections)
+    raw_sockets, transfer = (
+        RawSockets(num_bytes, page_bytes, num_connections),
+        OurTransfer(num_bytes, page_bytes, num_connections),
+    )
     rates: dict[str, list[float]] = {"raw": [], "plain": [], "hashed": []}
     runs = {"raw": raw_sockets.run, "plain": transfer.plain, "hashed": transfer.hashed}
     for round_number in range(num_rounds + 1):

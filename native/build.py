@@ -28,9 +28,9 @@ _COMMON = (
 )
 # GCC 12's own AVX-512 header reads variables that it leaves unset on purpose; the same kernels are compiled for AVX2
 # with these warnings on.
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma") + (
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 _FLAGS = {
     "isa_avx2.cpp": ("-mavx2", "-mfma"),

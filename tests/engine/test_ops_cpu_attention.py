@@ -40,10 +40,10 @@ def poisoned_pool(
 
 
 def attention_bound(head_dim: int, num_keys: int, queries: torch.Tensor, keys_max: float, values_max: float) -> float:
-    """Scores are off by a dot product's roundings, weights by twice that and the exponential's, sums by their length."""
-    size = queries.norm(dim=-1).max().item() * keys_max / math.sqrt(head_dim)
+    """Scores are off by a dot product's roundings, weights by twice that and the exponential's; then the sums."""
+    size = float(queries.norm(dim=-1).max()) * keys_max / math.sqrt(head_dim)
     scores = 2 * (head_dim + 4) * UNIT * size
-    return 4 * (scores + (100 + 300 + num_keys) * UNIT) * values_max
+    return float(4 * (scores + (100 + 300 + num_keys) * UNIT) * values_max)
 
 
 @every_kernel

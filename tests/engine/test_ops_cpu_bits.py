@@ -25,7 +25,7 @@ THREADS = (1, 2, 3, 5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True])
 def test_linear_rows(kernels: str, dtype: torch.dtype, gated: bool) -> None:
-    """Every batch size from 1 to 40 and some large ones: the borders of strips, blocks and of widening are among them."""
+    """Every batch size from 1 to 40 and some large ones: borders of strips, blocks and of widening are among them."""
     random_values = generator(1)
     weights = [torch.randn(90, 777, generator=random_values).to(dtype) for _ in range(2)]
     inputs = torch.randn(521, 777, generator=random_values)

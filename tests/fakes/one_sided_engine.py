@@ -23,6 +23,7 @@ class Behaviour:
     max_polls: int = 3  # a read ends after at most so many polls
     is_frozen: bool = False  # nothing ends
     fails: Callable[[int], bool] = lambda _: False  # by the read's number: FAILED is reported, its bytes come late
+    keeps_writing: bool = False  # spoils the memory of failed reads again and again, after each that succeeds
     refuses: bool = False  # submit takes nothing
     blocked: threading.Event | None = None  # submit waits for it
 
@@ -96,6 +97,9 @@ class FakeEngine:
                 self._late.append(read)
                 return ReadState.FAILED
             ctypes.memmove(read.local, read.remote, read.length)
+            if self._owner.behaviour.keeps_writing:
+                for failed in self._late:
+                    ctypes.memset(failed.local, 0xEE, failed.length)
             return ReadState.DONE
 
     def write_late(self) -> int:

@@ -162,6 +162,21 @@ def test_bytes_that_come_after_a_failure_hit_no_page(setting: Setting) -> None:
     assert len(setting.fake.engines) == 2
 
 
+def test_a_failed_read_that_goes_on_writing_spoils_no_other_pull() -> None:
+    setting = Setting(num_pages=1024)
+    both_wait = threading.Event()
+    setting.fake.behaviour = Behaviour(
+        max_polls=2, fails=lambda number: number == 1, keeps_writing=True, blocked=both_wait
+    )
+    first = setting.begin([0], [0])  # read 0 is the probe
+    second = setting.begin(range(1, 1024), range(1, 1024))  # twice as much as the ring
+    both_wait.set()
+    outcomes = {ended.ticket: ended.status for ended in (setting.end(), setting.end())}
+    assert outcomes == {first: PullStatus.FAILED, second: PullStatus.DONE}
+    assert len(setting.fake.engines) == 1
+    setting.close()
+
+
 def test_the_slot_of_a_failed_read_is_not_used_again() -> None:
     ring = LandingRing(num_slots=2, slot_bytes=4096)
     first, second = ring.take(), ring.take()

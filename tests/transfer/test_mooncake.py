@@ -54,8 +54,9 @@ def with_session(shared: Shared, session: str) -> RankEndpoint:
 def test_a_pair_whose_engine_fails_falls_back_once_and_visibly(exporter: Peer, importer: Peer) -> None:
     shared = exporter.export(os.urandom(16), ALL)
     broken = with_session(shared, "127.0.0.1:1")
-    for _ in range(3):
-        ended = importer.pull(shared, ALL, endpoint=broken)
+    half = {"ordinals": tuple(range(256)), "checksums": shared.checksums[: 256 * 8], "remote_pages": bytes(256 * 4)}
+    tickets = [importer.begin_pull(shared, ALL[256:], endpoint=broken, **half) for _ in range(3)]  # all fail at once
+    for ended in [*map(importer.end_pull, tickets), importer.pull(shared, ALL, endpoint=broken)]:
         assert (ended.status, ended.transport) == (PullStatus.DONE, "tcp")
     assert np.array_equal(importer.rows, exporter.rows)
     fallbacks = [outcome for outcome in importer.drain(0.1) if isinstance(outcome, TransportFallback)]

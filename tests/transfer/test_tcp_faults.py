@@ -61,7 +61,7 @@ def through(proxy: FaultProxy, shared: Shared) -> RankEndpoint:
 
 def test_the_proxy_itself_is_harmless(importer: Peer, shared: Shared, proxy: FaultProxy) -> None:
     assert importer.pull(shared, ALL, endpoint=through(proxy, shared)).status is PullStatus.DONE
-    assert proxy.num_connections == 2
+    assert proxy.num_connections in (1, 2)
 
 
 def test_a_flipped_byte_is_found_in_its_page_and_nowhere_else(
@@ -100,14 +100,16 @@ def test_a_cut_connection_ends_the_pull_and_what_arrived_is_good(
 def test_a_pooled_connection_that_died_is_replaced_silently(importer: Peer, shared: Shared, proxy: FaultProxy) -> None:
     endpoint = through(proxy, shared)
     assert importer.pull(shared, ALL, endpoint=endpoint).status is PullStatus.DONE
+    num_pooled = proxy.num_connections
     proxy.cut_all()
     assert importer.pull(shared, ALL, endpoint=endpoint).status is PullStatus.DONE
-    assert proxy.num_connections == 4
+    assert proxy.num_connections > num_pooled
 
 
 def test_one_connection_that_is_left_serves_all(importer: Peer, shared: Shared, proxy: FaultProxy) -> None:
     """A thread that cannot connect again passes its work on to those that are connected, and wakes them up."""
     endpoint = through(proxy, shared)
+    proxy.faults = Faults(bytes_per_second=20e6)  # so slow that a second connection comes to help
     assert importer.pull(shared, ALL, endpoint=endpoint).status is PullStatus.DONE
     assert proxy.num_connections == 2
     proxy.stop_listening()

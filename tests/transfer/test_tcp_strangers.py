@@ -139,6 +139,14 @@ def test_garbage_instead_of_a_hello_is_closed(data: bytes) -> None:
             assert ask(sock).status is Status.OK
 
 
+def test_who_means_another_process_is_told_and_closed() -> None:
+    with exporting(settings()) as exporter, connect(exporter) as sock:
+        sock.sendall(Hello(b"j" * 16, bytes(32)).encode())
+        answer = Welcome.decode(sock.recv(wire.WELCOME_BYTES, socket.MSG_WAITALL))
+        assert (answer.status, answer.instance_id) == (Status.WRONG_INSTANCE, INSTANCE)
+        assert is_closed(sock)
+
+
 @pytest.mark.parametrize(
     "head",
     [

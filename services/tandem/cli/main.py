@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from tandem.cli.bench import add_bench
 from tandem.cli.client_options import add_client_options
 from tandem.config import LoopName, TransportChoice
 from tandem.config_load import PROGRAM_SECTIONS
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_run_doctor)
     loops = commands.add_parser("loops", help="the event loops")
     loops.set_defaults(run=_run_loops)
+    add_bench(commands)
     return parser
 
 
