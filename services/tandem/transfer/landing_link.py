@@ -249,7 +249,6 @@ class LandingLink:
             with self._changed:
                 self._has_failed = self._is_draining = True
             self.break_off(batch.job, PullStatus.FAILED, f"{self.endpoint.address}: a read failed")
-            ring.give_back(batch.slot)
             return
         is_complete = False
         with self._changed:

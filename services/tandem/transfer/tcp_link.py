@@ -100,11 +100,10 @@ class TcpLink:
                     if self._leave_to_others():
                         break
                     continue
-            if (part := self._take(stream)) is not None:
-                if not self._finish(part, stream, is_fresh):
-                    self._disconnect(stream)
-                    stream = None
-                is_fresh = False
+            if (part := self._take(stream)) is not None and not self._finish(part, stream, is_fresh):
+                self._disconnect(stream)
+                stream = None
+            is_fresh = False
         if stream is not None:
             self._disconnect(stream)
         if self.is_idle:
