@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import socket
 import threading
 import time
 from typing import Any
@@ -160,3 +161,12 @@ def family(program: Program) -> list[psutil.Process]:
 def cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+def test_no_worker_without_a_transport(service: Service) -> None:
+    """The KV port is taken: the worker says so and ends, instead of taking requests that it cannot hand over."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        worker = service.worker("prefill", *TCP, "--transfer.port", str(taken.getsockname()[1]))
+        assert worker.process.wait(60) == 1
+    assert "no transport came up" in worker.log()
+    assert "in use" in worker.log()

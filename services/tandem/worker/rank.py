@@ -153,9 +153,18 @@ def _start_transfer(start: StartRank, engine: Engine, progress: Callable[[str], 
         readable, _, _ = select.select(channels, [], [], 0.1)
         for outcome in link.receive() if readable else []:
             if isinstance(outcome, TransferReady):
+                _require_transport(start.role, outcome, link)
                 return _Transfer(link, outcome)
     link.stop()
     raise TandemError(f"the transfer process was not ready within {START_SECONDS:g} s; its log says why")
+
+
+def _require_transport(role: str, ready: TransferReady, link: TransferLink) -> None:
+    """Not ready without a transport: raises TandemError with why each of them is missing."""
+    if ready.endpoints if role == "prefill" else ready.imports:
+        return
+    link.stop()
+    raise TandemError(f"no transport came up: {'; '.join(ready.notes) or 'no reason was given'}")
 
 
 def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings:
