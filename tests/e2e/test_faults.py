@@ -76,7 +76,7 @@ def wired(service: Service) -> Iterator[Callable[..., Wired]]:
 
 
 def test_cancel_while_prefill_computes(service: Service) -> None:
-    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "16")
+    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "2")
     decode = service.worker("decode", *TCP).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
@@ -117,7 +117,7 @@ def test_cancel_while_decode_decodes(service: Service) -> None:
 
 
 def test_a_deadline_ends_it_on_both_workers(service: Service) -> None:
-    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "8")
+    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "2")
     decode = service.worker("decode", *TCP).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
@@ -131,7 +131,7 @@ def test_a_deadline_ends_it_on_both_workers(service: Service) -> None:
 
 
 def test_prefill_killed_while_it_computes(service: Service, oracle: Oracle) -> None:
-    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "16")
+    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "2")
     decode = service.worker("decode", *TCP).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))

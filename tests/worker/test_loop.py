@@ -14,6 +14,7 @@ from tandem.core.messages.worker import Stats
 from tandem.engine.device import DeviceFailed
 from tandem.ipc import ChannelClosed
 from tandem.worker.chores import CHECK_SECONDS, IDLE_SECONDS, STATS_SECONDS
+from tandem.worker.loop import run
 from tandem.worker.messages import StepEnded
 from tests.fakes.device import CountingDevice
 from tests.worker.rank_bench import VOCAB_SIZE, running_rank
@@ -137,6 +138,49 @@ def test_a_deadline_is_kept_though_nothing_else_happens() -> None:
         rank.submit(1, [1], max_tokens=100, timeout_seconds=0.2)
         rank.read_until(lambda: bool(rank.of(Ended)), seconds=1.5)
         assert rank.ended(1)[0].reason is EndReason.DEADLINE
+
+
+def test_a_timer_alone_brings_figures() -> None:
+    """A lease that ends says nothing to anybody; the figures must follow all the same."""
+    turns: list[bool] = []
+
+    class Once:
+        """A scheduler with one timer, due at 1.0, that says nothing; finished after it."""
+
+        def finished(self) -> bool:
+            return len(turns) == 2
+
+        def next_timer(self) -> float | None:
+            return 1.0 if not turns else None
+
+        def handle(self, event: object, now: float) -> None: ...
+
+        def plan(self, now: float) -> None: ...
+
+        def drain_effects(self) -> list[object]:
+            return []
+
+    class Recorder:
+        """Chores that want to be called again, once."""
+
+        def next_due(self) -> float | None:
+            return None
+
+        def run(self, scheduler: object, *, happened: bool, idle: bool, now: float) -> None:
+            turns.append(happened)
+
+    class Silent:
+        """Ports where nothing arrives."""
+
+        def wait(self, until: float | None) -> list[object]:
+            return []
+
+        def flush(self, effects: list[object]) -> None: ...
+
+    device = CountingDevice(VOCAB_SIZE)
+    run(Once(), device, Silent(), lambda: 1.0, 0, Recorder())  # type: ignore[arg-type]
+    device.close()
+    assert turns == [True, False]
 
 
 def test_the_loop_ends_with_its_frontend() -> None:

@@ -33,14 +33,16 @@ def run(
     `depth`: launched plans that may be unresolved while the next one is planned.
     """
     while not scheduler.finished():
-        events = ports.wait(_earlier(scheduler.next_timer(), chores.next_due()))
+        timer = scheduler.next_timer()
+        events = ports.wait(_earlier(timer, chores.next_due()))
+        ticked = timer is not None and timer <= clock()
         for event in events or _TICK:
             scheduler.handle(event, clock())
         while device.unresolved <= depth and (plan := scheduler.plan(clock())):
             device.launch(plan)
         effects = scheduler.drain_effects()
         ports.flush(effects)
-        chores.run(scheduler, happened=bool(events or effects), idle=device.unresolved == 0, now=clock())
+        chores.run(scheduler, happened=ticked or bool(events or effects), idle=device.unresolved == 0, now=clock())
 
 
 def _earlier(first: float | None, second: float | None) -> float | None:
