@@ -34,6 +34,8 @@ def test_streams_are_exact(
     prefill, decode = pair(service, transport, prefill_loop, decode_loop)
     assert prefill.ready["loop"] == f"{prefill_loop}_prefill"
     assert decode.ready["loop"] == f"{decode_loop}_decode"
+    for worker in (prefill, decode):
+        assert worker.log().count("KV transport: ") == 1, "what was chosen is said once"
     stub = service.stub(service.gateway([prefill], [decode]))
     source = random.Random(1)
     for length in (1, 15, 16, 17, 333):

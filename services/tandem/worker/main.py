@@ -220,6 +220,7 @@ class _Worker:
         self._frontend.open_for(ready, info)
         if self._handoff_server is not None:
             self._handoff_server.open_for(ready)
+        _log_ready(self._address, ready)
         self._serving = asyncio.create_task(self._server.set_ready(True))
         self._export_metrics(ready)
         if self._on_ready is not None:
@@ -251,3 +252,21 @@ class _Worker:
             fingerprint="",
             version=version("tandem-serve"),
         )
+
+
+def _log_ready(address: str, ready: RankReady) -> None:
+    """Say once what runs here, and which transports were chosen and why."""
+    _logger.info(
+        "%s serves at %s: loop %s, operators %s, %d KV tokens, prompts up to %d tokens",
+        ready.model,
+        address,
+        ready.loop,
+        ready.operators,
+        ready.max_total_num_tokens,
+        ready.max_req_input_len,
+    )
+    if ready.role == "unified":
+        return
+    names = [endpoint.transport for endpoint in ready.endpoints] or list(ready.imports)
+    reasons = "; ".join(ready.transport_notes)
+    _logger.info("KV transport: %s%s", ", ".join(names), f" ({reasons})" if reasons else "")
