@@ -25,6 +25,10 @@ from tests.e2e.service import Program, Service
 from tests.fakes.transport_proxy import FaultProxy, Faults
 
 TCP = ("--transfer.transport", "tcp")
+MOONCAKE = ("--transfer.transport", "mooncake-tcp", "--transfer.trusted-network", "true")
+over_each_transport = pytest.mark.parametrize(
+    "transport", [pytest.param(TCP, id="tcp"), pytest.param(MOONCAKE, id="mooncake", marks=pytest.mark.mooncake)]
+)
 # 100 ms to free, and up to 100 ms until the figures say so; the rest is for a busy machine
 FREE_SECONDS = 0.6
 LONG = 3000  # tokens of a prompt that computes for a while
@@ -75,9 +79,10 @@ def wired(service: Service) -> Iterator[Callable[..., Wired]]:
 # ---- the client goes away -------------------------------------------------------------------------------------------
 
 
-def test_cancel_while_prefill_computes(service: Service) -> None:
-    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "2")
-    decode = service.worker("decode", *TCP).wait_ready()
+@over_each_transport
+def test_cancel_while_prefill_computes(service: Service, transport: tuple[str, ...]) -> None:
+    prefill = service.worker("prefill", *transport, "--scheduler.budget-tokens", "2")
+    decode = service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
     call = stub.StreamGenerate(greedy(random_prompt(random.Random(1), LONG), 8))
@@ -101,9 +106,10 @@ def test_cancel_while_pages_are_pulled(service: Service, wired: Callable[..., Wi
     assert prefill.worker_metric("leases_started") == 0
 
 
-def test_cancel_while_decode_decodes(service: Service) -> None:
-    prefill = service.worker("prefill", *TCP)
-    decode = service.worker("decode", *TCP).wait_ready()
+@over_each_transport
+def test_cancel_while_decode_decodes(service: Service, transport: tuple[str, ...]) -> None:
+    prefill = service.worker("prefill", *transport)
+    decode = service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
     request = greedy(random_prompt(random.Random(3), 100), 2000)
@@ -130,9 +136,10 @@ def test_a_deadline_ends_it_on_both_workers(service: Service) -> None:
 # ---- processes die --------------------------------------------------------------------------------------------------
 
 
-def test_prefill_killed_while_it_computes(service: Service, oracle: Oracle) -> None:
-    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "2")
-    decode = service.worker("decode", *TCP).wait_ready()
+@over_each_transport
+def test_prefill_killed_while_it_computes(service: Service, oracle: Oracle, transport: tuple[str, ...]) -> None:
+    prefill = service.worker("prefill", *transport, "--scheduler.budget-tokens", "2")
+    decode = service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
     prompt = random_prompt(random.Random(5), LONG)

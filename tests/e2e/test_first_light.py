@@ -9,8 +9,7 @@ import pytest
 
 from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Program, Service
-
-MOONCAKE = ("--transfer.transport", "mooncake-tcp", "--transfer.trusted-network", "true")
+from tests.e2e.test_faults import MOONCAKE
 
 
 def pair(service: Service, transport: tuple[str, ...], prefill_loop: str, decode_loop: str) -> tuple[Program, Program]:
