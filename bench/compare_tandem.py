@@ -33,7 +33,7 @@ class TandemEngine:
         return self._plans.execute([[row] for row in self._plans.rows_of(prompts)])
 
     def decode(self, batch: int) -> list[float]:
-        steps = [self._plans.decode_rows(batch, self._setup.context + step) for step in range(self._setup.steps)]
+        steps = [self._plans.decode_rows(batch, self._setup.context + step + 1) for step in range(self._setup.steps)]
         return [self._plans.seconds([rows]) for rows in steps]
 
     def machine(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_the_engine_is_measured_and_what_cannot_be_is_named(tmp_path: Path) -> N
         model=str(folder),
         ops="reference",
         batches=(1, 3),
-        contexts=(24, 600, 4096),
+        contexts=(24, 600, 2049),
         prompt_tokens=16,
         num_threads=1,
         pool_bytes=64 * 16 * 512,  # 64 pages of 16 tokens

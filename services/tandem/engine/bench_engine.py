@@ -103,7 +103,7 @@ def _pool_bytes(request: EngineBenchRequest, spec: DecoderSpec, page_tokens: int
     """What the largest combination needs, as far as the memory goes."""
     itemsize = DTYPE_BYTES["float32" if spec.dtype == "float32" else "bfloat16"]
     page_bytes = itemsize * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * page_tokens
-    combinations = [(batch, context + 1) for batch in request.batches for context in request.contexts]
+    combinations = [(batch, context) for batch in request.batches for context in request.contexts]
     combinations += [(batch, request.prompt_tokens) for batch in PREFILL_BATCHES]
     wanted = sorted(pages_needed(batch, tokens, page_tokens) * page_bytes for batch, tokens in combinations)
     # Packing keeps the weights a second time while they are read.
@@ -166,9 +166,9 @@ class _Cells:
             self._cell(name, [[row] for row in rows], batch, 0, 1, self.prefills)
 
     def decode(self, batch: int, context: int) -> None:
-        """Measure steps of `batch` requests that have `context` tokens each."""
+        """Measure steps of `batch` requests that have `context` tokens each, the new one included."""
         name = f"decode of {batch} at {context}"
-        if self._fits(name, batch, context + 1):
+        if self._fits(name, batch, context):
             self._cell(name, [self._plans.decode_rows(batch, context)], batch, context, _STEPS_MAX, self.decodes)
 
     def _fits(self, name: str, batch: int, num_tokens: int) -> bool:

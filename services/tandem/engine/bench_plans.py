@@ -43,8 +43,8 @@ class TimedPlans:
         return [replace(row, token_ids=tuple(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
 
     def decode_rows(self, batch: int, context: int) -> list[Row]:
-        """Rows that compute the token after `context` ones, which are in the pool: its contents are random."""
-        return [self._row(number, context, 1) for number in range(batch)]
+        """Rows that compute the last of `context` tokens; those before it are in the pool: its contents are random."""
+        return [self._row(number, context - 1, 1) for number in range(batch)]
 
     def seconds(self, plans: Sequence[Sequence[Row]]) -> float:
         """Launch the plans one behind the other, wait for all results, and return how long that took."""
