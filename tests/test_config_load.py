@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,26 @@ def test_a_gateway_needs_workers_and_addresses_that_are_addresses() -> None:
         "gateway.decode: 'b' is not host:port",
     ]
     assert load("gateway", ["--gateway.decode", " a:1, [::1]:2 "], {}).gateway.decode == ("a:1", "[::1]:2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--discovery.mode", "dns"], "discovery.dns_names: name the headless services"),
+        (["--discovery.mode", "dns", "--discovery.dns-names", "decode"], "'decode' is not host:port"),
+        (["--discovery.mode", "kubernetes", "--gateway.decode", "a:1"], "only with discovery.mode static"),
+        (["--gateway.decode", "a:1", "--tls.key-file", "k"], "one without the other"),
+        (["--gateway.decode", "a:1", "--tls.client-ca-file", "c"], "tls.client_ca_file: needs"),
+        (["--gateway.decode", "a:1", "--tls.peer-ca-file", "c"], "all three or none"),
+    ],
+)
+def test_discovery_and_tls_are_whole(flags: list[str], fault: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        load("gateway", flags, {})
+
+
+def test_discovery_needs_no_addresses_where_it_finds_them() -> None:
+    assert load("gateway", ["--discovery.mode", "kubernetes"], {}).discovery.mode == "kubernetes"
 
 
 def test_a_worker_on_every_address_has_to_say_where_it_is_reached() -> None:

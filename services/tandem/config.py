@@ -84,7 +84,19 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(0, "gRPC port; 0: any free port", low=0, high=65535)
     advertise_host: str = setting("", "host that others reach this program at; empty: `host`")
-    metrics_port: int = setting(-1, "Prometheus port; 0: any free port, -1: off", low=-1, high=65535)
+    metrics_port: int = setting(
+        -1, "port of /metrics, /livez and /readyz; 0: any free port, -1: off", low=-1, high=65535
+    )
+    metrics_host: str = setting("", "address that they listen on; empty: `host`")
+    handoff_port: int = setting(
+        -1,
+        "port of a prefill worker's hand-offs, apart from its gRPC port; 0: any free port, -1: not apart",
+        low=-1,
+        high=65535,
+    )
+    drain_delay_seconds: float = setting(
+        0.0, "how long a stopping gateway still takes new requests, until nobody sends it any", low=0.0
+    )
     reflection: bool = setting(True, "gRPC server reflection")
     drain_seconds: float = setting(30.0, "how long a stopping program waits for its requests", low=0.0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
@@ -100,6 +112,43 @@ class GatewayConfig:
     max_prompt_bytes: int = setting(8 << 20, "longest text of a prompt, bytes", low=1)
     stream_buffer_tokens: int = setting(8192, "tokens kept for a slow client; more ends its request", low=1)
     prefill_peers: int = setting(2, "prefill workers named to decode, best first", low=1, high=8)
+    max_resumptions: int = setting(3, "how often one answer goes on at another worker; 0: never", low=0, high=16)
+    resumption_burst: int = setting(1024, "resumptions and retries at once, over all requests", low=1)
+    resumptions_per_second: float = setting(20.0, "rate at which that budget fills again", low=0.01)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryConfig:
+    mode: Literal["static", "dns", "kubernetes"] = setting(
+        "static", "how the gateway finds workers: gateway.prefill and .decode, DNS names, or the pods of a namespace"
+    )
+    dns_names: tuple[str, ...] = setting((), "names whose addresses are the workers', host:port, comma separated")
+    dns_seconds: float = setting(2.0, "how often names are resolved again", low=0.1)
+    namespace: str = setting("", "namespace of the worker pods; empty: the gateway pod's own")
+    selector: str = setting("app.kubernetes.io/part-of=tandem,llm-d.ai/role", "label selector of the worker pods")
+    port_name: str = setting("grpc", "name of the container port that sessions go to")
+    kubeconfig: str = setting("", "file with the API server's address and credentials; empty: the pod's own account")
+    resync_seconds: float = setting(600.0, "how often the whole list is read again, whatever the watch said", low=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    certificate_file: str = setting("", "PEM chain that the gateway shows to its clients; empty: no TLS for them")
+    key_file: str = setting("", "PEM key of that certificate")
+    client_ca_file: str = setting("", "PEM authorities; clients must then show a certificate of one of them")
+    peer_certificate_file: str = setting("", "PEM chain shown to the other pods; empty: no TLS between pods")
+    peer_key_file: str = setting("", "PEM key of that certificate")
+    peer_ca_file: str = setting("", "PEM authorities that the certificates of all pods come from")
+    peer_name: str = setting("tandem", "DNS name that the certificate of every pod must carry")
+    reload_seconds: float = setting(10.0, "how often the files are looked at for a change", low=0.1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig:
+    vllm_metrics: bool = setting(False, "export the `vllm:` gauges of the Gateway API model-server contract as well")
+    genai_metrics: bool = setting(False, "export the OpenTelemetry GenAI server metrics as well")
+    otlp_endpoint: str = setting("", "OTLP/gRPC collector for traces, http://host:4317; empty: no traces")
+    trace_ratio: float = setting(1.0, "share of requests without a trace of their own that get one", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,3 +160,6 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

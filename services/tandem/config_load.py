@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from tandem.config import Config
+from tandem.config import Config, TlsConfig
 from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, suggestion
 from tandem.errors import ConfigError
 
@@ -27,12 +27,12 @@ Program = Literal["gateway", "prefill", "decode", "unified"]
 FILE_VARIABLE = "TANDEM_CONFIG"
 MAX_FILE_BYTES = 1 << 20
 
-_WORKER_SECTIONS = ("model", "scheduler", "cache", "handoff", "transfer", "server")
+_WORKER_SECTIONS = ("model", "scheduler", "cache", "handoff", "transfer", "server", "tls", "telemetry")
 PROGRAM_SECTIONS: dict[Program, tuple[str, ...]] = {
-    "gateway": ("model", "gateway", "server"),
+    "gateway": ("model", "gateway", "discovery", "server", "tls", "telemetry"),
     "prefill": _WORKER_SECTIONS,
     "decode": _WORKER_SECTIONS,
-    "unified": ("model", "scheduler", "cache", "server"),
+    "unified": ("model", "scheduler", "cache", "server", "tls", "telemetry"),
 }
 _WILDCARDS = ("0.0.0.0", "::", "")
 SHORT_FLAGS = {
@@ -213,10 +213,39 @@ def _check_together(program: Program, config: Config) -> list[str]:
         faults.append("transfer.mooncake_port_min: must not be above transfer.mooncake_port_max")
     for key, addresses in (("prefill", config.gateway.prefill), ("decode", config.gateway.decode)):
         faults += [f"gateway.{key}: {a!r} is not host:port" for a in addresses if not _is_address(a)]
-    if program == "gateway" and not config.gateway.decode:
-        faults.append("gateway.decode: name at least one decode or unified worker, host:port")
+    if program == "gateway":
+        faults += _check_discovery(config)
+    faults += _check_tls(config.tls)
     if program in ("prefill", "decode") and config.server.host in _WILDCARDS and not config.server.advertise_host:
         faults.append(f"server.advertise_host: say where others reach this worker; server.host is {config.server.host}")
+    return faults
+
+
+def _check_discovery(config: Config) -> list[str]:
+    discovery, gateway = config.discovery, config.gateway
+    if discovery.mode == "static":
+        return [] if gateway.decode else ["gateway.decode: name at least one decode or unified worker, host:port"]
+    faults = []
+    if gateway.prefill or gateway.decode:
+        faults.append(f"gateway.prefill, gateway.decode: only with discovery.mode static, which is {discovery.mode}")
+    if discovery.mode == "dns":
+        if not discovery.dns_names:
+            faults.append("discovery.dns_names: name the headless services of the workers, host:port")
+        faults += [
+            f"discovery.dns_names: {name!r} is not host:port" for name in discovery.dns_names if not _is_address(name)
+        ]
+    return faults
+
+
+def _check_tls(tls: TlsConfig) -> list[str]:
+    faults = []
+    if bool(tls.certificate_file) != bool(tls.key_file):
+        faults.append("tls.certificate_file, tls.key_file: one without the other")
+    if tls.client_ca_file and not tls.certificate_file:
+        faults.append("tls.client_ca_file: needs tls.certificate_file and tls.key_file")
+    peer = (tls.peer_certificate_file, tls.peer_key_file, tls.peer_ca_file)
+    if any(peer) and not all(peer):
+        faults.append("tls.peer_certificate_file, tls.peer_key_file, tls.peer_ca_file: all three or none")
     return faults
 
 
