@@ -243,10 +243,9 @@ def test_an_attempt_after_the_deadline_has_no_negative_time() -> None:
 def test_a_drain_leaves_streams_to_their_lease() -> None:
     rig = ImportRig()
     rig.submit(1, 10, peers=(peer(1),))
-    rig.send(Drain(1.0))
-    effects = rig.wait(1.0)
+    effects = rig.send(Drain(1.0))
     assert of_type(effects, DropStream) == [DropStream(1)]
-    assert one(effects, Ended).reason is EndReason.DRAINED
+    assert one(effects, Ended).reason is EndReason.DRAINED, "it would only wait for a hand-off here"
     assert rig.scheduler.finished()
 
 
@@ -255,8 +254,9 @@ def test_a_finished_drain_waits_for_reads_under_way() -> None:
     rig.submit(1, 10, peers=(peer(1),))
     rig.accept(1)
     rig.announce(1, 0, 3)
-    rig.send(Drain(1.0))
-    rig.wait(1.0)
+    effects = rig.send(Drain(1.0))
+    assert one(effects, Ended).reason is EndReason.DRAINED
+    assert of_type(effects, DropStream) == [DropStream(1)]
     assert not rig.scheduler.finished()
     rig.pull_ended(rig.pulls[0], PullStatus.CANCELLED)
     assert rig.scheduler.finished()

@@ -151,6 +151,18 @@ def test_grace_bounds_a_drain() -> None:
     assert rig.scheduler.finished()
 
 
+def test_a_bounded_drain_hands_back_what_has_not_begun() -> None:
+    rig = Rig()
+    rig.submit(1, 5, 20)
+    rig.plan()
+    rig.submit(2, 5, 20)
+    assert one(rig.send(Drain(2.0)), Ended).request_id == 2
+    assert rig.ended(2).reason is EndReason.DRAINED
+    assert one(rig.send(Drain(0.0)), Ended).request_id == 1, "a second one hurries"
+    rig.resolve()
+    assert rig.scheduler.finished()
+
+
 def test_an_idle_worker_that_is_not_told_to_stop_is_not_finished() -> None:
     rig = Rig()
     assert rig.scheduler.idle

@@ -36,8 +36,9 @@ def test_nobody_to_own_the_request() -> None:
     assert route(worker("d", ready=False)) is None
     assert route(worker("d", load=LoadSnapshot(draining=True))) is None
     assert route(worker("d", max_req_input_len=9)) is None
-    assert route(worker("d"), excluded=frozenset("d")) is None
+    assert route(worker("d"), excluded=frozenset([b"d"])) is None
     assert route(worker("d", max_req_input_len=0)) == Route("d")
+    assert route(worker("d", instance_id=b"next life"), excluded=frozenset([b"d"])) == Route("d")
 
 
 def test_the_least_loaded_owner() -> None:
@@ -64,7 +65,7 @@ def test_prefill_peers_least_loaded_first() -> None:
     ]
     assert route(worker("d"), *peers) == Route("d", ("p3", "p2"))
     assert route(worker("d"), *peers, max_prefill_peers=1) == Route("d", ("p3",))
-    assert route(worker("d"), *peers, excluded=frozenset(["p3"])) == Route("d", ("p2", "p1"))
+    assert route(worker("d"), *peers, excluded=frozenset([b"p3"])) == Route("d", ("p2", "p1"))
     assert route(worker("u", "unified"), *peers) == Route("u")
 
 

@@ -46,7 +46,8 @@ class Running:
     submit: Submit
     prompt: list[int]
     deadline: float | None
-    emitted: int = 0
+    emitted: int = 0  # output tokens, those that the request brought along included
+    given: int = 0
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class FakeSession:
     """One gateway's session as the worker sees it."""
 
     running: dict[int, Running] = field(default_factory=dict)
+    info_due: bool = False
     ends: list[worker_pb2.SequenceEnd] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,6 +89,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         self._info = info
         self._server: RpcServer | None = None
         self._abort_seen = asyncio.Event()
+        self._draining = False
 
     @property
     def info(self) -> WorkerInfo:
@@ -105,13 +108,15 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
             "vocab_size": VOCAB_SIZE,
             "eos_token_ids": (0,),
         }
-        return WorkerInfo(**(facts | self._info))
+        draining = {"state": "draining"} if self._draining else {}
+        return WorkerInfo(**(facts | self._info | draining))
 
     @property
     def inflight(self) -> int:
         return sum(len(session.running) for session in self.sessions)
 
     async def start(self, port: int = 0) -> str:
+        self._draining = False
         self._server = RpcServer()
         self._server.add(worker_grpc.add_WorkerServiceServicer_to_server, self, "tandem.worker.v1.WorkerService")
         self.address = f"127.0.0.1:{self._server.listen('127.0.0.1', port)}"
@@ -124,6 +129,21 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         if self._server is not None:
             await self._server.stop(None)
             self._server = None
+
+    async def restart(self) -> None:
+        """Come back at the same address as another life."""
+        self.instance_id = os.urandom(16)
+        await self.start(int(self.address.rpartition(":")[2]))
+
+    def drain(self) -> None:
+        """Say so, take no more, and hand back everything at once."""
+        self._draining = True
+        for session in self.sessions:
+            session.info_due = True
+            for rid, running in session.running.items():
+                session.ends.append(self._end(rid, running, EndReason.DRAINED))
+            session.running.clear()
+            session.wake.set()
 
     async def aborted(self) -> tuple[int, str, float]:
         """Wait for the next Abort."""
@@ -190,12 +210,25 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         if self.refusal is not None:
             session.ends.append(convert.ended_to_proto(self.refusal, message.rid))
             return
-        timeout = submit.timeout_seconds
-        session.running[message.rid] = Running(
+        if self._draining:
+            session.ends.append(convert.ended_to_proto(Ended(request_id=message.rid, reason=EndReason.DRAINED)))
+            return
+        timeout, outputs = submit.timeout_seconds, token_ids.unpack(submit.output_token_ids)
+        running = Running(
             submit,
             token_ids.unpack(submit.prompt_token_ids),
             None if timeout is None else time.monotonic() + timeout,
+            emitted=len(outputs),
+            given=len(outputs),
         )
+        params = submit.sampling
+        last = outputs[-1] if len(outputs) > params.min_tokens else None
+        if last is not None and (last in params.stop_token_ids or (last == 0 and not params.ignore_eos)):
+            session.ends.append(self._end(message.rid, running, EndReason.STOP, last))
+        elif outputs and len(outputs) >= params.max_tokens:
+            session.ends.append(self._end(message.rid, running, EndReason.LENGTH))
+        else:
+            session.running[message.rid] = running
 
     def _abort(self, session: FakeSession, message: worker_pb2.Abort) -> None:
         self.aborts.append((message.rid, message.reason, time.monotonic()))
@@ -208,11 +241,14 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
     def _step(self, session: FakeSession) -> worker_pb2.SessionResponse | None:
         """One token for everybody; None if there is nothing to say."""
         frame = worker_pb2.SessionResponse()
+        if session.info_due:
+            session.info_due = False
+            frame.info.CopyFrom(convert_worker.worker_info_to_proto(self.info))
         frame.ends.extend(session.ends)
         session.ends.clear()
         for rid, running in list(session.running.items()):
             self._advance(session, frame, rid, running)
-        return frame if frame.deltas or frame.ends else None
+        return frame if frame.deltas or frame.ends or frame.HasField("info") else None
 
     def _advance(self, session: FakeSession, frame: worker_pb2.SessionResponse, rid: int, running: Running) -> None:
         params = running.submit.sampling

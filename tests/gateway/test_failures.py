@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from tandem.core.messages.requests import Ended, EndReason
-from tandem.errors import DeadlineExceeded, InvalidRequest, NoWorker, Overloaded, PeerLost
+from tandem.errors import DeadlineExceeded, InvalidRequest, NoWorker, Overloaded
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tests.fakes.worker import FakeWorker, hashed_token, scripted
 from tests.gateway.harness import Setup, byte_worker, collect, failure, run, text_request, until
@@ -114,7 +114,8 @@ def test_a_replacement_attaches_to_the_same_handoff(tmp_path: Path) -> None:
         other.stall_after = None
         await stalled.kill()
         await collect(call)
-        (before,), (after,) = stalled.submits[0].prefill, other.submits[0].prefill
+        (before,), (after, fresh) = stalled.submits[0].prefill, other.submits[0].prefill
+        assert fresh.handoff_id != before.handoff_id, "in case the first one is over"
         assert before.handoff_address == prefill.address
         assert before.instance_id == prefill.instance_id
         assert (before.attempt, after.attempt) == (1, 2)
@@ -124,33 +125,6 @@ def test_a_replacement_attaches_to_the_same_handoff(tmp_path: Path) -> None:
         assert setup.gateway.fleet.worker(prefill.address).prefill_tokens == 0
 
     run(tmp_path, scenario, byte_worker("prefill"), endless(stall_after=0), endless(stall_after=0))
-
-
-def test_the_only_worker_dying_before_the_first_token_is_unavailable(tmp_path: Path) -> None:
-    async def scenario(setup: Setup) -> None:
-        call = setup.stub.StreamGenerate(text_request("ab"))
-        await until(lambda: setup.worker.inflight == 1)
-        await setup.worker.kill()
-        code, error = await failure(call)
-        assert code is grpc.StatusCode.UNAVAILABLE
-        assert isinstance(error, PeerLost)
-        assert error.retry_after_seconds is not None
-
-    run(tmp_path, scenario, endless(stall_after=0))
-
-
-def test_a_worker_that_dies_after_tokens_were_sent_aborts_the_stream(tmp_path: Path) -> None:
-    async def scenario(setup: Setup) -> None:
-        call = setup.stub.StreamGenerate(text_request("ab"))
-        assert (await anext(aiter(call))).text
-        serving = next(worker for worker in setup.workers if worker.inflight)
-        await serving.kill()
-        code, error = await failure(call)
-        assert code is grpc.StatusCode.ABORTED
-        assert isinstance(error, PeerLost)
-        assert error.reason == "WORKER_LOST"
-
-    run(tmp_path, scenario, endless(stall_after=2), endless(stall_after=2))
 
 
 def test_a_unary_call_starts_again_as_its_client_has_seen_nothing(tmp_path: Path) -> None:

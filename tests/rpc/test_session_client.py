@@ -228,3 +228,10 @@ def test_a_stream_is_a_bounded_buffer() -> None:
     assert isinstance(stream.error, Overloaded)
     assert stream.take() == []
     assert len(calls) == 4
+
+
+def test_what_arrived_before_a_session_broke_stays() -> None:
+    stream = SequenceStream(3, lambda: None)
+    stream.put(Tokens(1, 0, (5, 6)))
+    stream.fail(PeerLost("gone"))
+    assert [tokens.token_ids for tokens in stream.take()] == [(5, 6)]

@@ -45,16 +45,19 @@ def choose_route(
     *,
     prompt_tokens: int,
     max_prefill_peers: int,
-    excluded: frozenset[str] = frozenset(),
+    excluded: frozenset[bytes] = frozenset(),
 ) -> Route | None:
     """Return where a prompt of this length goes; None if no decode or unified worker can take it.
 
-    `excluded` are addresses that have failed this request already. Equal loads are decided by address.
+    `excluded` are lives (instance ids) of workers that have failed this request already: one that has been started
+    again at the same address is another worker. Equal loads are decided by address.
     """
     owners = [
         worker
         for worker in fleet
-        if worker.role in ("decode", "unified") and worker.address not in excluded and _accepts(worker, prompt_tokens)
+        if worker.role in ("decode", "unified")
+        and worker.instance_id not in excluded
+        and _accepts(worker, prompt_tokens)
     ]
     if not owners:
         return None
@@ -65,7 +68,7 @@ def choose_route(
         worker
         for worker in fleet
         if worker.role == "prefill"
-        and worker.address not in excluded
+        and worker.instance_id not in excluded
         and _accepts(worker, prompt_tokens)
         and worker.fingerprint == owner.fingerprint
         and worker.instance_id not in owner.load.fenced_instance_ids

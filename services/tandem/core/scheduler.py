@@ -35,6 +35,8 @@ from tandem.core.stats import LoadSnapshot
 from tandem.core.token_ids import BYTES_PER_TOKEN, unpack
 
 TOKEN_BYTES = 16
+# Nothing was computed here that another worker would have to compute again; a drain hands these back at once.
+_NOT_BEGUN = (State.WAITING, State.AWAITING, State.RECEIVING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +253,13 @@ class Scheduler:
         self._draining = True
         if self._exporter is not None:
             self._exporter.draining = True
-        if event.grace_seconds is not None:
-            self._ledger.timers.at(now + event.grace_seconds, ("drained",))
+        if event.grace_seconds is None:
+            return
+        self._ledger.timers.at(now + event.grace_seconds, ("drained",))
+        if self._exporter is None:
+            for request in list(self._ledger.requests.values()):
+                if request.state in _NOT_BEGUN:
+                    self._end_early(request, EndReason.DRAINED, EndCode.DRAINING, "the worker is stopping")
 
     def _fallback(self, event: transfer.TransportFallback, now: float) -> None:
         self._ledger.counters.transfer_fallbacks += 1

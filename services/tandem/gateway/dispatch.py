@@ -1,22 +1,23 @@
-"""Gives a sequence to workers: asks for a route, mints hand-off ids, submits, and keeps the ledger straight.
+"""Gives a sequence to workers: asks for a route, names hand-offs, submits, and keeps the ledger straight.
 
-A second dispatch of the same sequence avoids the worker that failed it, and names prefill workers that know its
-hand-off with a higher attempt: within their lease another decode worker pulls the same pages.
+A dispatch that is not the first of its sequence brings along the output so far, and names first the prefill workers
+that know its hand-off: within their lease another decode worker pulls the same pages.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from tandem.core import token_ids
 from tandem.core.messages.requests import PrefillPeer, Submit
-from tandem.core.routing import choose_route
+from tandem.core.routing import Route, WorkerView, choose_route
 from tandem.errors import NoWorker
 from tandem.gateway.fleet import Fleet, Worker
+from tandem.gateway.handoffs import Handoffs
 from tandem.gateway.prepared import Prepared
-from tandem.rpc.convert import ID_BYTES
+from tandem.rpc.convert import MAX_PREFILL_PEERS
 from tandem.rpc.sequence_stream import SequenceStream
 
 _SEED_SPAN = 1 << 64
@@ -28,11 +29,12 @@ class Assignment:
     """One sequence on one decode worker. `end` it exactly once, however it ended; more does nothing."""
 
     worker: Worker
+    instance_id: bytes  # the life of the worker that has it
     rid: int
     stream: SequenceStream
-    handoffs: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)  # prefill instance: its hand-off id, attempt
     prefill: Worker | None = None
     prompt_tokens: int = 0
+    has_output: bool = False  # a token came from this worker
 
     def prefilled(self) -> None:
         """The first token is here: the prefill worker is no longer busy with this."""
@@ -66,6 +68,22 @@ class Dispatcher:
         self._max_prefill_peers = max_prefill_peers
         self._stream_buffer_tokens = stream_buffer_tokens
         self._random_bytes = random_bytes
+        self._watchers: dict[object, Callable[[], None]] = {}
+
+    def new_handoffs(self) -> Handoffs:
+        """Return the record of hand-offs of a new sequence."""
+        return Handoffs(self._random_bytes)
+
+    def watch(self, notify: Callable[[], None]) -> Callable[[], None]:
+        """Call `notify` whenever a worker came, went, or changed its state, until what this returns is called."""
+        key = object()
+        self._watchers[key] = notify
+        return lambda: self._watchers.pop(key, None) and None
+
+    def fleet_changed(self) -> None:
+        """Tell those who wait for a worker."""
+        for notify in list(self._watchers.values()):
+            notify()
 
     def dispatch(
         self,
@@ -74,25 +92,31 @@ class Dispatcher:
         notify: Callable[[], None],
         *,
         timeout_seconds: float,
-        failed: Assignment | None = None,
+        handoffs: Handoffs,
+        output: Sequence[int] = (),
+        excluded: frozenset[bytes] = frozenset(),
     ) -> Assignment:
-        """Submit sequence `index`; raises NoWorker, or what the session refuses with."""
-        num_tokens = len(prepared.prompt_token_ids)
+        """Submit sequence `index`, which has `output` already, to a worker whose life is not among `excluded`.
+
+        Raises NoWorker, or what the session refuses with.
+        """
+        views = self._fleet.views()
         route = choose_route(
-            self._fleet.views(),
-            prompt_tokens=num_tokens,
+            views,
+            prompt_tokens=len(prepared.prompt_token_ids),
             max_prefill_peers=self._max_prefill_peers,
-            excluded=frozenset() if failed is None else frozenset([failed.worker.address]),
+            excluded=excluded,
         )
         if route is None:
             raise NoWorker("no decode worker is ready")
-        handoffs = {} if failed is None else dict(failed.handoffs)
-        prefill = [self._fleet.worker(address) for address in route.prefill]
+        by_address = {view.address: view for view in views}
+        peers = self._peers(self._prefill(route, by_address, handoffs), handoffs, len(output))
         submit = Submit(
             request_id=0,
             prompt_token_ids=token_ids.pack(prepared.prompt_token_ids),
             sampling=replace(prepared.sampling, seed=_seed(prepared.sampling.seed, index)),
-            peers=tuple(self._peer(worker, handoffs) for worker in prefill),
+            output_token_ids=token_ids.pack(output),
+            peers=tuple(peer for _, peer in peers),
             timeout_seconds=timeout_seconds,
             priority=prepared.priority,
             cache_salt=prepared.cache_salt,
@@ -100,24 +124,45 @@ class Dispatcher:
         owner = self._fleet.worker(route.decode)
         stream = SequenceStream(self._stream_buffer_tokens, notify)
         rid = owner.session.submit(submit, stream, request_name=prepared.request_id, traceparent=prepared.traceparent)
-        assignment = Assignment(owner, rid, stream, handoffs, prefill[0] if prefill else None, num_tokens)
-        if assignment.prefill is not None:
+        assignment = Assignment(owner, by_address[route.decode].instance_id, rid, stream)
+        if peers and peers[0][1].output_tokens == len(output):  # else its token is here: nothing is left to compute
+            assignment.prefill = peers[0][0]
+            assignment.prompt_tokens = len(prepared.prompt_token_ids) + len(output)
             assignment.prefill.prefills += 1
-            assignment.prefill.prefill_tokens += num_tokens
+            assignment.prefill.prefill_tokens += assignment.prompt_tokens
         return assignment
 
-    def _peer(self, worker: Worker, handoffs: dict[bytes, tuple[bytes, int]]) -> PrefillPeer:
-        info = worker.session.info
-        assert info is not None, "a route names ready workers only"
-        handoff_id, attempt = handoffs.get(info.instance_id, (b"", 0))
-        handoff_id = handoff_id or self._random_bytes(ID_BYTES)
-        handoffs[info.instance_id] = handoff_id, attempt + 1
-        return PrefillPeer(
-            address=info.handoff_address or worker.address,
-            instance_id=info.instance_id,
-            handoff_id=handoff_id,
-            attempt=attempt + 1,
-        )
+    def _prefill(self, route: Route, views: dict[str, WorkerView], handoffs: Handoffs) -> list[WorkerView]:
+        """Return who may compute the prompt: those that know this answer, then those of the route.
+
+        One that knows it is named even if it takes no new work: it keeps what it has.
+        """
+        owner = views[route.decode]
+        routed = [views[address] for address in route.prefill]
+        if owner.role == "unified":
+            return routed
+        by_life = {
+            view.instance_id: view
+            for view in views.values()
+            if view.role == "prefill"
+            and view.fingerprint == owner.fingerprint
+            and view.instance_id not in owner.load.fenced_instance_ids
+        }
+        known = [by_life[life] for life in handoffs.instance_ids if life in by_life]
+        return known + [view for view in routed if view not in known]
+
+    def _peers(
+        self, prefill: Sequence[WorkerView], handoffs: Handoffs, num_outputs: int
+    ) -> list[tuple[Worker, PrefillPeer]]:
+        peers: list[tuple[Worker, PrefillPeer]] = []
+        for view in prefill:
+            worker = self._fleet.worker(view.address)
+            info = worker.session.info
+            assert info is not None, "a worker without a session has no role"
+            address = info.handoff_address or worker.address
+            named = handoffs.name(address, info.instance_id, num_outputs, takes_new=view.takes_requests)
+            peers += [(worker, peer) for peer in named]
+        return peers[:MAX_PREFILL_PEERS]
 
 
 def _seed(seed: int, index: int) -> int:

@@ -27,6 +27,7 @@ from tandem.gateway.preparation import Preparation
 from tandem.gateway.prepared import Prepared
 from tandem.gateway.record import RequestRecord
 from tandem.gateway.replies import StreamReplies, response
+from tandem.gateway.resumption import ResumptionRules
 from tandem.gateway.tokenizer import Tokenizer
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
@@ -62,6 +63,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         dispatcher: Dispatcher,
         admission: Admission,
         metrics: GatewayMetrics,
+        rules: ResumptionRules,
         max_prompt_bytes: int,
         request_seconds_max: float,
     ) -> None:
@@ -71,6 +73,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._dispatcher = dispatcher
         self._admission = admission
         self._metrics = metrics
+        self._rules = rules
         self._max_prompt_bytes = max_prompt_bytes
         self._request_seconds_max = request_seconds_max
 
@@ -181,8 +184,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             prepared,
             dispatcher=self._dispatcher,
             tokenizer=self._tokenizer,
+            rules=self._rules,
             deadline=call.deadline,
             on_tokens=record.on_tokens,
+            on_resumed=record.on_resumed,
             whole=whole,
         )
         # Where a handler waits for a client that does not read, this is what ends the work of the workers.

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from tandem.errors import DeadlineExceeded
 from tandem.gateway.dispatch import Dispatcher
 from tandem.gateway.prepared import Delta, Prepared
+from tandem.gateway.resumption import ResumptionRules
 from tandem.gateway.sequence import AnswerSequence
 from tandem.gateway.tokenizer import Tokenizer
 
@@ -28,11 +29,16 @@ class Generation:
         *,
         dispatcher: Dispatcher,
         tokenizer: Tokenizer,
+        rules: ResumptionRules,
         deadline: float,
         on_tokens: Callable[[int], None],
+        on_resumed: Callable[[], None],
         whole: bool = False,
     ) -> None:
-        """`whole`: one delta a sequence, at its end. `on_tokens(n)` is called as tokens arrive."""
+        """`whole`: one delta a sequence, at its end.
+
+        `on_tokens(n)` is called as tokens arrive, `on_resumed()` when a sequence goes on at another worker.
+        """
         self._loop = asyncio.get_running_loop()
         self._deadline = deadline
         self._expired = False
@@ -43,8 +49,10 @@ class Generation:
                 index,
                 dispatcher=dispatcher,
                 tokenizer=tokenizer,
+                rules=rules,
                 notify=self._wakeup.set,
                 on_tokens=on_tokens,
+                on_resumed=on_resumed,
                 seconds_left=self._worker_seconds,
                 whole=whole,
             )

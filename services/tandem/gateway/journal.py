@@ -1,13 +1,12 @@
 """What the client of one sequence has been given: each output index exactly once and in order, whoever sends it.
 
-A resumed request would be submitted with `packed()` as its output; who asks for that is a later part of the gateway.
+A resumed request is submitted with `token_ids` as its output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.core import token_ids
 from tandem.errors import TandemError
 
 
@@ -40,6 +39,7 @@ class Journal:
         """Forget what came after the first `num_tokens`: a stop string ended the sequence there."""
         del self._token_ids[num_tokens:]
 
-    def packed(self) -> bytes:
-        """Return the output in its packed form."""
-        return token_ids.pack(self._token_ids)
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The output itself, not a copy."""
+        return self._token_ids

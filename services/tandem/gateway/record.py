@@ -30,6 +30,7 @@ class RequestRecord:
         self._first_output: float | None = None
         self._last_output = 0.0
         self._num_tokens = 0
+        self._num_resumptions = 0
         self._prepared: Prepared | None = None
         self._finish: Finish | None = None
 
@@ -48,6 +49,10 @@ class RequestRecord:
         self._last_output = now
         self._num_tokens += count
         self._metrics.output_tokens(count)
+
+    def on_resumed(self) -> None:
+        """An answer goes on at another worker."""
+        self._num_resumptions += 1
 
     def on_delta(self, delta: Delta) -> None:
         """Output goes to the client."""
@@ -87,6 +92,7 @@ class RequestRecord:
             "code": code,
             "seconds": round(seconds, 4),
             "completion_tokens": self._num_tokens,
+            "resumptions": self._num_resumptions,
         }
         if isinstance(error, TandemError):
             fields["reason"] = error.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 
 from prometheus_client import CollectorRegistry
@@ -16,6 +17,8 @@ from tandem.gateway.fleet import Fleet
 from tandem.gateway.frontend import InferenceServicer
 from tandem.gateway.model_files import ModelFiles, load_model_files
 from tandem.gateway.preparation import Preparation
+from tandem.gateway.resumption import ResumptionRules
+from tandem.gateway.resumption_budget import ResumptionBudget
 from tandem.gateway.tokenizer import Tokenizer
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
@@ -42,23 +45,25 @@ class Gateway:
         self.fleet = Fleet(
             (*config.gateway.prefill, *config.gateway.decode),
             gateway_id=uuid.uuid4().hex,
-            on_change=self._changed.set,
+            on_change=self._fleet_changed,
         )
         self.admission = Admission(config.gateway.max_inflight_requests)
         self._server = RpcServer(max_message_bytes=GATEWAY_MESSAGE_BYTES, reflection=config.server.reflection)
         metrics = GatewayMetrics(self._registry)
         metrics.watch(inflight=lambda: self.admission.inflight, ready_workers=self.fleet.count_ready)
+        self._dispatcher = Dispatcher(
+            self.fleet,
+            max_prefill_peers=config.gateway.prefill_peers,
+            stream_buffer_tokens=config.gateway.stream_buffer_tokens,
+        )
         servicer = InferenceServicer(
             preparation=_preparation(config, files, tokenizer, self.fleet),
             tokenizer=tokenizer,
             fleet=self.fleet,
-            dispatcher=Dispatcher(
-                self.fleet,
-                max_prefill_peers=config.gateway.prefill_peers,
-                stream_buffer_tokens=config.gateway.stream_buffer_tokens,
-            ),
+            dispatcher=self._dispatcher,
             admission=self.admission,
             metrics=metrics,
+            rules=_resumption_rules(config, metrics),
             max_prompt_bytes=config.gateway.max_prompt_bytes,
             request_seconds_max=config.gateway.request_seconds_max,
         )
@@ -104,11 +109,21 @@ class Gateway:
         """Cut a `stop` short: what still streams is cancelled."""
         await self._server.stop(0)
 
+    def _fleet_changed(self) -> None:
+        self._changed.set()
+        self._dispatcher.fleet_changed()
+
     async def _follow_health(self) -> None:
         while True:
             await self._changed.wait()
             self._changed.clear()
             await self._server.set_ready(self.fleet.serves)
+
+
+def _resumption_rules(config: Config, metrics: GatewayMetrics) -> ResumptionRules:
+    gateway = config.gateway
+    budget = ResumptionBudget(gateway.resumption_burst, gateway.resumptions_per_second, time.monotonic)
+    return ResumptionRules(max_resumptions=gateway.max_resumptions, budget=budget, counters=metrics)
 
 
 def _preparation(config: Config, files: ModelFiles, tokenizer: Tokenizer, fleet: Fleet) -> Preparation:

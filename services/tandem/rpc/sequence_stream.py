@@ -26,6 +26,8 @@ class SequenceStream:
         """Add output; False if that is too much, and the request is to be aborted."""
         self._num_tokens += len(tokens.token_ids)
         if self._num_tokens > self._max_tokens:
+            self._arrived.clear()
+            self._num_tokens = 0
             self.fail(
                 Overloaded(
                     f"the client has not read {self._max_tokens} tokens; its request was ended", reason="SLOW_CLIENT"
@@ -42,9 +44,10 @@ class SequenceStream:
         self._notify()
 
     def fail(self, error: TandemError) -> None:
-        """There is no last word: the session or the consumer's bound broke the request off."""
-        self._arrived.clear()
-        self._num_tokens = 0
+        """There is no last word: the session or the consumer's bound broke the request off.
+
+        Output that was put before a session broke stays to be taken; beyond the consumer's bound nothing does.
+        """
         self.error = error
         self._notify()
 

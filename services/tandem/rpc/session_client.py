@@ -129,6 +129,7 @@ class SessionClient:
                 await asyncio.sleep(backoff * self._jitter())
                 backoff = min(backoff * 2, RECONNECT_SECONDS_MAX)
         finally:
+            self.info = None  # the worker is not lost, and nobody routes any more
             self._lose(PeerLost("this gateway is stopping"))
             await channel.close()
 

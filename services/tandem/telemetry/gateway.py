@@ -23,6 +23,8 @@ class GatewayMetrics:
         self._tokens = _counter(table.TOKENS, registry)
         self._inflight = _gauge(table.INFLIGHT, registry)
         self._ready_workers = _gauge(table.READY_WORKERS, registry)
+        self._resumptions = _counter(table.RESUMPTIONS, registry)
+        self._resumptions_refused = _counter(table.RESUMPTIONS_REFUSED, registry)
         self._output_tokens = self._tokens.labels("output")
         self._itl_by_api: dict[str, Histogram] = {}  # a labels() look-up costs as much as the observation
 
@@ -50,6 +52,14 @@ class GatewayMetrics:
         self._seconds.labels(api).observe(seconds)
         if tpot_seconds is not None:
             self._tpot.labels(api).observe(tpot_seconds)
+
+    def resumed(self, cause: str) -> None:
+        """An answer goes on at another worker; `cause` is one of the table's."""
+        self._resumptions.labels(cause).inc()
+
+    def resumption_refused(self, reason: str) -> None:
+        """An answer needed another worker and got none; `reason` is one of the table's."""
+        self._resumptions_refused.labels(reason).inc()
 
     def prompt(self, num_tokens: int, cached_tokens: int) -> None:
         self._tokens.labels("prompt").inc(num_tokens)

@@ -63,6 +63,18 @@ INFLIGHT = Metric(name="tandem_gateway_inflight", kind="gauge", help="Answers th
 READY_WORKERS = Metric(
     name="tandem_gateway_ready_workers", kind="gauge", help="Workers that take requests", labels=("role",)
 )
+RESUMPTIONS = Metric(
+    name="tandem_gateway_resumptions",
+    kind="counter",
+    help="Answers that went on at another worker, by cause: worker_lost, drained, refused, handoff_failed",
+    labels=("cause",),
+)
+RESUMPTIONS_REFUSED = Metric(
+    name="tandem_gateway_resumptions_refused",
+    kind="counter",
+    help="Answers that needed another worker and got none, by reason: limit, budget, no_worker, deadline",
+    labels=("reason",),
+)
 GATEWAY_METRICS = (
     REQUESTS,
     REQUEST_SECONDS,
@@ -72,6 +84,8 @@ GATEWAY_METRICS = (
     TOKENS,
     INFLIGHT,
     READY_WORKERS,
+    RESUMPTIONS,
+    RESUMPTIONS_REFUSED,
 )
 
 

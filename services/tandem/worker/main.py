@@ -149,9 +149,13 @@ class _Worker:
         if self._handoff_server is not None:
             self._handoff_server.drain()
         self._rank.send(requests.Drain(grace))
-        insisted = asyncio.create_task(stop.insisted.wait())
         longest = grace + DRAIN_MARGIN_SECONDS + (self._config.handoff.lease_seconds if self._role == "prefill" else 0)
+        insisted = asyncio.create_task(stop.insisted.wait())
         await asyncio.wait((insisted, self._rank.exit_code), timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        if insisted.done() and not self._rank.exit_code.done():
+            _logger.info("stopping at once: %d requests are handed back", self._frontend.num_requests)
+            self._rank.send(requests.Drain(0.0))
+            await asyncio.wait((self._rank.exit_code,), timeout=DRAIN_MARGIN_SECONDS)
         insisted.cancel()
         if self._rank.exit_code.done():
             code = self._rank.exit_code.result()

@@ -63,7 +63,11 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Refuse new work, finish old; the scheduler is `finished` once nothing is left. `grace_seconds` None: no bound."""
+    """Refuse new work, finish old; the scheduler is `finished` once nothing is left. `grace_seconds` None: no bound.
+
+    With a bound, a decode or unified worker hands back (DRAINED) what it has not begun at once, and at the bound what
+    has not ended. A second Drain with less grace hurries.
+    """
 
     grace_seconds: float | None = None
 
