@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -89,8 +90,9 @@ class Program:
 
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
-            if command in " ".join(child.cmdline()):
-                found.append(child.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end while we look; a zombie counts as ended
+                if command in " ".join(child.cmdline()):
+                    found.append(child.pid)
         return found
 
     # ---- metrics --------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_a_stop_in_the_middle_of_the_start_is_a_stop(tmp_path: Path) -> None:
     assert worker.stop(10.0) == 0
 
 
-def test_two_signals_end_it_at_once(programs: list[Program], tmp_path: Path) -> None:
+def test_two_signals_hand_everything_back_at_once(programs: list[Program], tmp_path: Path) -> None:
     worker = start(programs, tmp_path, "unified")
     with grpc.insecure_channel(worker.address) as channel:
         sampling = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
@@ -152,8 +152,10 @@ def test_two_signals_end_it_at_once(programs: list[Program], tmp_path: Path) -> 
         time.sleep(0.2)
         assert worker.process.poll() is None, "a request is running: the first signal waits for it"
         worker.process.send_signal(signal.SIGINT)
-        assert worker.process.wait(SOON) == 1
-        call.cancel()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert worker.process.wait(SOON) == 0
 
 
 def test_what_cannot_be_served_is_a_configuration_error(tmp_path: Path) -> None:

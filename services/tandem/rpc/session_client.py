@@ -129,8 +129,7 @@ class SessionClient:
                 await asyncio.sleep(backoff * self._jitter())
                 backoff = min(backoff * 2, RECONNECT_SECONDS_MAX)
         finally:
-            self.info = None  # the worker is not lost, and nobody routes any more
-            self._lose(PeerLost("this gateway is stopping"))
+            self._lose(PeerLost("this gateway closed its session"), expected=True)
             await channel.close()
 
     async def _session(self, channel: aio.Channel) -> TandemError:
@@ -197,14 +196,16 @@ class SessionClient:
             )
             self._on_change()
 
-    def _lose(self, error: TandemError) -> None:
+    def _lose(self, error: TandemError, *, expected: bool = False) -> None:
         streams, self._streams = self._streams, {}
         self._unsent.clear()
         self._all_sent.set()
         self.load = LoadSnapshot()
         self.dispatched_since_load = 0
         if self.info is not None:
-            _logger.warning("worker %s lost with %d requests: %s", self.address, len(streams), error.message)
+            expected = expected or (self.info.state == "draining" and not streams)
+            level = logging.DEBUG if expected else logging.WARNING
+            _logger.log(level, "worker %s lost with %d requests: %s", self.address, len(streams), error.message)
             self.info = None
             self._on_change()
         for stream in streams.values():
