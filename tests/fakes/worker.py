@@ -78,6 +78,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         self.stall_after = stall_after
         self.tokens_per_step = tokens_per_step
         self.load = LoadSnapshot(pages=PageCounts(free=100, total=100))
+        self.cached_tokens = 1
         self.refusal: Ended | None = None  # how every request ends at once, if set
         self.submits: list[worker_pb2.Submit] = []
         self.aborts: list[tuple[int, str, float]] = []
@@ -291,7 +292,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
                 stop_token_id=stop,
                 prompt_tokens=len(running.prompt),
                 completion_tokens=running.emitted,
-                cached_tokens=1,
+                cached_tokens=self.cached_tokens,
                 prompt_logprobs=prompt_logprobs(running) if not running.emitted else (),
                 timing=Timing(prefill_seconds=0.25, transfer_bytes=4096, transport="tcp", prefill_worker=peer),
             )
