@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from tandem.errors import Draining, HandoffFailed, NoWorker, Overloaded, PeerLost, TandemError, Unavailable
+from tandem.errors import Draining, NoWorker, Overloaded, PeerLost, TandemError, Unavailable
 from tandem.gateway.dispatch import Assignment
 from tandem.gateway.resumption_budget import ResumptionBudget
 
@@ -23,12 +23,11 @@ SAME_WORKER_SECONDS = 1.0
 
 
 class Cause(Enum):
-    """Why an answer needs another worker."""
+    """Why an answer needs another worker. A failed hand-off is none: decode has its remedies, computing it at last."""
 
     WORKER_LOST = "worker_lost"  # its session broke
     DRAINED = "drained"  # it stops
     REFUSED = "refused"  # it had no room
-    HANDOFF_FAILED = "handoff_failed"
 
 
 class Bound(Enum):
@@ -66,8 +65,6 @@ def cause_of(error: TandemError, *, by_session: bool) -> Cause | None:
         return None if by_session else Cause.REFUSED
     if isinstance(error, Draining):
         return Cause.DRAINED
-    if isinstance(error, HandoffFailed):
-        return Cause.HANDOFF_FAILED
     return Cause.WORKER_LOST if isinstance(error, Unavailable) else None
 
 

@@ -66,7 +66,7 @@ READY_WORKERS = Metric(
 RESUMPTIONS = Metric(
     name="tandem_gateway_resumptions",
     kind="counter",
-    help="Answers that went on at another worker, by cause: worker_lost, drained, refused, handoff_failed",
+    help="Answers that went on at another worker, by cause: worker_lost, drained, refused",
     labels=("cause",),
 )
 RESUMPTIONS_REFUSED = Metric(
