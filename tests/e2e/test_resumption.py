@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,15 +71,14 @@ class Reader:
 
 
 def start_gateway(service: Service, prefills: list[Program], decodes: list[Program], *flags: str) -> Program:
-    port = free_port()
-    gateway = service.gateway(prefills, decodes, "--server.metrics-port", str(port), *flags)
-    gateway.ready["metrics_port"] = port
-    return gateway
+    return service.gateway(prefills, decodes, "--server.metrics-port", "0", *flags)
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """Return a port for a program that is started again on it, outside of the range of those that others get for 0."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as probe:
+            return int(probe.getsockname()[1])
 
 
 def resumed(gateway: Program, cause: str) -> float:

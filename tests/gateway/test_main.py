@@ -50,7 +50,7 @@ def test_a_signal_drains(tmp_path: Path, drain_seconds: float, signals: int, fin
         address = await worker.start()
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         config = config_of(model_folder(tmp_path), address, drain_seconds=drain_seconds)
-        program = asyncio.create_task(serve(config, ready.set_result))
+        program = asyncio.create_task(serve(config, lambda address, port: ready.set_result(address)))
         channel = aio.insecure_channel(await ready)
         stub = pb_grpc.InferenceServiceStub(channel)
         await until(lambda: bool(worker.num_sessions))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import urllib.request
 from dataclasses import fields
 
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.core.stats import LoadSnapshot, PageCounts
-from tandem.errors import ConfigError
-from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.gateway import GatewayMetrics
 from tandem.telemetry.table import GATEWAY_METRICS, WORKER_LOAD_METRICS, WORKER_METRICS
 from tandem.telemetry.worker import register_worker
@@ -52,14 +48,3 @@ def test_names_are_unique_and_in_base_units() -> None:
     assert len(names) == len(set(names))
     assert not [name for name in names if name.endswith(("_total", "_ms", "_milliseconds"))]
     assert all(metric.help for metric in (*GATEWAY_METRICS, *WORKER_METRICS))
-
-
-def test_exporter_serves_and_closes() -> None:
-    registry = CollectorRegistry()
-    GatewayMetrics(registry)
-    exporter = Exporter(registry, "127.0.0.1", 0)
-    with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=5) as reply:
-        assert b"tandem_gateway_inflight" in reply.read()
-    with pytest.raises(ConfigError, match=str(exporter.port)):
-        Exporter(registry, "127.0.0.1", exporter.port)
-    exporter.close()

@@ -49,8 +49,8 @@ def _serve(program: Program, config: Config) -> int:
     if program == "gateway":
         from tandem.gateway.main import serve as serve_gateway
 
-        def gateway_ready(address: str) -> None:
-            _print_ready({"program": "gateway", "address": address})
+        def gateway_ready(address: str, metrics_port: int | None) -> None:
+            _print_ready({"program": "gateway", "address": address, "metrics_port": metrics_port})
 
         return uvloop.run(serve_gateway(config, gateway_ready))
     from tandem.worker.main import WorkerReady, serve

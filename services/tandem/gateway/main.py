@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -10,17 +11,17 @@ from collections.abc import Callable
 
 import uvloop
 
-from tandem.config import Config
+from tandem.config import Config, ServerConfig
 from tandem.gateway.server import Gateway
 from tandem.telemetry.logging import set_up
 
 _logger = logging.getLogger(__name__)
 
 
-async def serve(config: Config, ready: Callable[[str], None] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT, drain, and return 0; `ready(address)` is called once calls are answered.
+async def serve(config: Config, ready: Callable[[str, int | None], None] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return 0.
 
-    Raises ConfigError before anything is served. A second signal cuts the drain short.
+    `ready(address, metrics_port)` is called once calls are answered. Raises ConfigError before anything is served. A second signal cuts the drain short.
     """
     stopping = asyncio.Event()
     hurrying = asyncio.Event()
@@ -37,10 +38,10 @@ async def serve(config: Config, ready: Callable[[str], None] | None = None) -> i
     gc.collect()
     gc.freeze()  # what is here stays: later collections need not look at it
     if ready is not None:
-        ready(address)
+        ready(address, gateway.metrics_port)
     await stopping.wait()
     _logger.info("gateway drains", extra={"fields": {"inflight": gateway.admission.inflight}})
-    drain = asyncio.create_task(gateway.stop(config.server.drain_seconds))
+    drain = asyncio.create_task(_drain(gateway, config.server, hurrying))
     hurry = asyncio.create_task(hurrying.wait())
     await asyncio.wait((drain, hurry), return_when=asyncio.FIRST_COMPLETED)
     if not drain.done():
@@ -48,6 +49,14 @@ async def serve(config: Config, ready: Callable[[str], None] | None = None) -> i
     hurry.cancel()
     await drain
     return 0
+
+
+async def _drain(gateway: Gateway, config: ServerConfig, hurrying: asyncio.Event) -> None:
+    """Be not ready at once, take what still comes for a while, then finish what runs."""
+    await gateway.drain()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(hurrying.wait(), config.drain_delay_seconds)
+    await gateway.stop(0 if hurrying.is_set() else config.drain_seconds)
 
 
 def main(config: Config) -> int:

@@ -26,6 +26,7 @@ from tandem.rpc.options import GATEWAY_MESSAGE_BYTES
 from tandem.rpc.server import RpcServer
 from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.gateway import GatewayMetrics
+from tandem.telemetry.health import Health
 
 _logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -42,6 +43,7 @@ class Gateway:
         self._exporter: Exporter | None = None
         self._changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
+        self._health = Health(self._not_ready)
         self.fleet = Fleet(
             (*config.gateway.prefill, *config.gateway.decode),
             gateway_id=uuid.uuid4().hex,
@@ -86,11 +88,18 @@ class Gateway:
         server = self._config.server
         port = self._server.listen(server.host, server.port)
         if server.metrics_port >= 0:
-            self._exporter = Exporter(self._registry, server.host, server.metrics_port)
+            self._exporter = Exporter(
+                self._registry, self._health, server.metrics_host or server.host, server.metrics_port
+            )
         await self._server.start()
+        self._health.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="gateway health")
         self.fleet.start()
         return f"{server.advertise_host or server.host}:{port}"
+
+    async def drain(self) -> None:
+        """Be not ready from now on; new requests are still taken, for those who have not heard of it."""
+        await self._server.drain()
 
     async def stop(self, drain_seconds: float) -> None:
         """Take no new work, finish streams for at most `drain_seconds`, then leave nothing behind."""
@@ -102,12 +111,18 @@ class Gateway:
             self._health_task.cancel()
         await self.fleet.close()
         self._tokenizer.close()
+        self._health.stop()
         if self._exporter is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
 
     async def hurry(self) -> None:
         """Cut a `stop` short: what still streams is cancelled."""
         await self._server.stop(0)
+
+    def _not_ready(self) -> str:
+        if self._server.draining:
+            return "draining"
+        return "" if self._server.ready else "no decode or unified worker is ready"
 
     def _fleet_changed(self) -> None:
         self._changed.set()

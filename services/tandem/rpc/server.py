@@ -79,6 +79,10 @@ class RpcServer:
     def ready(self) -> bool:
         return self._ready and not self._draining
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
     async def set_ready(self, ready: bool) -> None:
         """Say whether new work is welcome. Ignored once the server drains."""
         if ready != self._ready and not self._draining:

@@ -9,7 +9,8 @@ from tandem.core.messages.worker import Stats
 from tandem.core.scheduler import Scheduler
 from tandem.core.stats import LoadSnapshot
 
-STATS_SECONDS = 0.1  # at most so often, and only when something has changed
+STATS_SECONDS = 0.1  # at most so often, when something has changed,
+BEAT_SECONDS = 5.0  # and so often when nothing has: the frontend hears that the loop still turns
 IDLE_SECONDS = 0.2  # how long nothing has happened when the self-check runs
 CHECK_SECONDS = 1.0  # at least so long between two self-checks,
 CHECK_SHARE = 0.01  # and so that they take no more than this share of the time: a large pool takes a while
@@ -17,20 +18,20 @@ _logger = logging.getLogger(__name__)
 
 
 class Chores:
-    """Timers of the loop that are not the scheduler's. Both are off while nothing has happened since they last ran."""
+    """Timers of the loop that are not the scheduler's. The check is off while nothing happens after it."""
 
     def __init__(self, send: Callable[[object], None], clock: Callable[[], float]) -> None:
         self._send = send
         self._clock = clock
-        self._stats_due: float | None = None
+        self._stats_due = clock() + BEAT_SECONDS
         self._check_due: float | None = None
-        self._last_stats = float("-inf")
+        self._last_stats = self._last_sent = float("-inf")
         self._next_check = float("-inf")
         self._sent: LoadSnapshot | None = None
 
-    def next_due(self) -> float | None:
+    def next_due(self) -> float:
         """When `run` wants to be called again."""
-        return min((due for due in (self._stats_due, self._check_due) if due is not None), default=None)
+        return self._stats_due if self._check_due is None else min(self._stats_due, self._check_due)
 
     def run(self, scheduler: Scheduler, *, happened: bool, idle: bool, now: float) -> None:
         """Do what is due. Call after every turn of the loop.
@@ -39,9 +40,8 @@ class Chores:
         """
         if happened:
             self._check_due = max(now + IDLE_SECONDS, self._next_check)
-            if self._stats_due is None:
-                self._stats_due = max(now, self._last_stats + STATS_SECONDS)
-        if self._stats_due is not None and now >= self._stats_due:
+            self._stats_due = min(self._stats_due, max(now, self._last_stats + STATS_SECONDS))
+        if now >= self._stats_due:
             self._report(scheduler, now)
         if self._check_due is not None and now >= self._check_due:
             if idle:
@@ -58,8 +58,8 @@ class Chores:
         self._next_check = ended + max(CHECK_SECONDS, (ended - began) / CHECK_SHARE)
 
     def _report(self, scheduler: Scheduler, now: float) -> None:
-        self._last_stats, self._stats_due = now, None
         load = scheduler.load(now)
-        if load != self._sent:
-            self._sent = load
+        if load != self._sent or now - self._last_sent >= BEAT_SECONDS:
+            self._sent, self._last_sent = load, now
             self._send(Stats(load))
+        self._last_stats, self._stats_due = now, now + BEAT_SECONDS

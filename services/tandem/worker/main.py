@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,10 +22,7 @@ from tandem.config import Config, Role
 from tandem.core.messages import handoff, requests
 from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
 from tandem.rpc.convert_worker import worker_info
-from tandem.rpc.gen.handoff.v1.handoff_service_pb2_grpc import add_HandoffServiceServicer_to_server
-from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
-from tandem.rpc.server import RpcServer
-from tandem.telemetry.exporter import Exporter
+from tandem.telemetry.health import Health
 from tandem.telemetry.worker import register_worker
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
@@ -33,7 +31,9 @@ from tandem.worker.lifespan import StopSignals
 from tandem.worker.messages import StartRank, StepEnded
 from tandem.worker.peer_channels import PeerChannels
 from tandem.worker.rank_process import RankProcess
+from tandem.worker.servers import WorkerServers
 
+SILENT_SECONDS = 60.0  # a rank that says nothing for so long is stuck: liveness fails
 STOP_SECONDS = 2.0  # for streams to take their last messages
 DRAIN_MARGIN_SECONDS = 5.0  # beyond drain_seconds and a lease; a rank that is not done by then is ended
 _logger = logging.getLogger(__name__)
@@ -85,31 +85,21 @@ class _Worker:
         self._host = config.server.advertise_host or config.server.host
         self._failed: RankFailed | None = None
         self._rank: RankProcess | None = None
-        self._server: RpcServer | None = None
+        self._heard = time.monotonic()  # from the rank
+        self._doing = "starting"  # what the start is at
         self._registry = CollectorRegistry()
-        self._exporter: Exporter | None = None
-        self._address = ""
         self._frontend = Frontend(self._send, self._starting_info())
         self._handoff_server = HandoffServer(self._send, self._instance_id) if role == "prefill" else None
         channels = PeerChannels(config.handoff.connect_seconds)
         self._handoff_client = HandoffClient(self._send, channels) if role == "decode" else None
+        health = Health(self._not_ready, self._fault)
+        self._servers = WorkerServers(config.server, self._registry, health, self._frontend, self._handoff_server)
         self._handlers = self._dispatch_table()
 
     async def start(self) -> None:
         """Start the rank's process, listen, not ready yet, and tell the rank who it is."""
         self._rank = await RankProcess.spawn(self._receive)  # before gRPC has threads, which a fork does not like
-        config = self._config.server
-        self._server = RpcServer(reflection=config.reflection)
-        self._server.add(add_WorkerServiceServicer_to_server, self._frontend, "tandem.worker.v1.WorkerService")
-        if self._handoff_server is not None:
-            self._server.add(
-                add_HandoffServiceServicer_to_server, self._handoff_server, "tandem.handoff.v1.HandoffService"
-            )
-        port = self._server.listen(config.host, config.port)
-        self._address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
-        if config.metrics_port >= 0:
-            self._exporter = Exporter(self._registry, config.host, config.metrics_port)
-        await self._server.start()
+        await self._servers.start()
         self._frontend.start()
         self._rank.send(
             StartRank(role=self._role, config=self._config, instance_id=self._instance_id, worker_host=self._host)
@@ -133,18 +123,15 @@ class _Worker:
         if self._handoff_client is not None:
             await self._handoff_client.close()
         await self._frontend.close()
-        if self._server is not None:
-            await self._server.stop(STOP_SECONDS if clean else 0)
+        await self._servers.stop(STOP_SECONDS if clean else 0)
         if self._rank is not None:
             await self._rank.close()
-        if self._exporter is not None:
-            self._exporter.close()
 
     async def _drain(self, stop: StopSignals) -> int:
-        assert self._rank is not None and self._server is not None
+        assert self._rank is not None
         grace = self._config.server.drain_seconds
         _logger.info("stopping: %d requests have %g s to end", self._frontend.num_requests, grace)
-        await self._server.drain()
+        await self._servers.drain()
         self._frontend.set_state("draining")
         if self._handoff_server is not None:
             self._handoff_server.drain()
@@ -180,6 +167,7 @@ class _Worker:
             self._rank.send(message)
 
     def _receive(self, messages: list[Any]) -> None:
+        self._heard = time.monotonic()
         for message in messages:
             self._handlers[type(message)](message)
 
@@ -205,7 +193,19 @@ class _Worker:
             table |= dict.fromkeys(sends, respond) | {handoff.EndStream: self._handoff_server.end}
         return table
 
+    def _not_ready(self) -> str:
+        state = self._frontend.info.state
+        return {"ready": "", "starting": f"starting: {self._doing}"}.get(state, state)
+
+    def _fault(self) -> str:
+        """A rank that has started reports every few seconds, whether or not it has work."""
+        silent = time.monotonic() - self._heard
+        if self._frontend.info.state == "starting" or silent < SILENT_SECONDS:
+            return ""
+        return f"the event loop of rank 0 has not reported for {silent:.0f} s"
+
     def _progressed(self, progress: StartupProgress) -> None:
+        self._doing = progress.message
         if self._on_progress is not None:
             self._on_progress(progress.message)
 
@@ -213,27 +213,24 @@ class _Worker:
         self._failed = failed
 
     def _became_ready(self, ready: RankReady) -> None:
-        assert self._server is not None
         info = worker_info(
             ready,
             worker_id=self._frontend.info.worker_id,
             instance_id=self._instance_id,
-            handoff_address=self._address if self._role == "prefill" else "",
+            handoff_address=self._servers.handoff_address,
             version=self._frontend.info.version,
         )
         self._frontend.open_for(ready, info)
         if self._handoff_server is not None:
             self._handoff_server.open_for(ready)
-        _log_ready(self._address, ready)
-        self._serving = asyncio.create_task(self._server.set_ready(True))
+        _log_ready(self._servers.address, ready)
+        self._serving = asyncio.create_task(self._servers.set_ready())
         self._export_metrics(ready)
         if self._on_ready is not None:
-            metrics_port = self._exporter.port if self._exporter is not None else None
-            self._on_ready(WorkerReady(self._address, self._instance_id, metrics_port, ready))
+            servers = self._servers
+            self._on_ready(WorkerReady(servers.address, self._instance_id, servers.metrics_port, ready))
 
     def _export_metrics(self, ready: RankReady) -> None:
-        if self._exporter is None:
-            return
         info = self._frontend.info
         facts = {
             "role": ready.role,
