@@ -21,7 +21,8 @@ _logger = logging.getLogger(__name__)
 async def serve(config: Config, ready: Callable[[str, int | None], None] | None = None) -> int:
     """Serve until SIGTERM or SIGINT, drain, and return 0.
 
-    `ready(address, metrics_port)` is called once calls are answered. Raises ConfigError before anything is served. A second signal cuts the drain short.
+    `ready(address, metrics_port)` is called once calls are answered. Raises ConfigError before anything is served.
+    A second signal cuts the drain short.
     """
     stopping = asyncio.Event()
     hurrying = asyncio.Event()
