@@ -99,7 +99,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
             "instance_id": self.instance_id,
             "role": self._role,
             "state": "ready",
-            "model": "fake",
+            "model": "m",
             "fingerprint": "f1",
             "handoff_address": self.address if self._role == "prefill" else "",
             "max_context_tokens": 512,

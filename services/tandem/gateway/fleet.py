@@ -1,6 +1,7 @@
 """The workers that this gateway knows: a session to each, what they say about themselves, what was sent to them.
 
-The list is static for now. A worker's role is what it says, not where it was listed.
+Discovery says which there are. A worker's role is what it says, not where it was listed. One that discovery knows no
+more stays for as long as its session lives and has work: what it does is better evidence than what a list says.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from tandem.core.routing import WorkerView
 from tandem.gateway.limits import ModelLimits
+from tandem.gateway.membership import Endpoint
 from tandem.rpc.session_client import SessionClient
 
+SWEEP_SECONDS = 1.0
 _logger = logging.getLogger(__name__)
 
 
@@ -24,10 +27,18 @@ class Worker:
         self.session = session
         self.prefills = 0  # requests that named it first and have no token yet
         self.prefill_tokens = 0
+        self.draining = False  # as discovery sees it: it is on its way out
+        self.listed = True  # discovery knows it still
+        self.refused = ""  # why nothing is sent to it
 
     @property
     def address(self) -> str:
         return self.session.address
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request of this gateway needs it still."""
+        return bool(self.session.inflight or self.prefills)
 
     def view(self) -> WorkerView:
         """Return what routing needs to know, as of now."""
@@ -38,7 +49,7 @@ class Worker:
         return WorkerView(
             address=session.address,
             role=info.role,
-            ready=info.state == "ready",
+            ready=info.state == "ready" and not self.draining and not self.refused,
             instance_id=info.instance_id,
             fingerprint=info.fingerprint,
             max_req_input_len=info.max_req_input_len,
@@ -55,26 +66,66 @@ class Fleet:
 
     def __init__(
         self,
-        addresses: Iterable[str],
         *,
         gateway_id: str,
+        model: str = "",
         on_change: Callable[[], None],
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._workers = {
-            address: Worker(SessionClient(address, gateway_id=gateway_id, on_change=self._changed, jitter=jitter))
-            for address in dict.fromkeys(addresses)
-        }
+        """`model`: the name of what this gateway tokenizes for; workers of another are not used. Empty: any."""
+        self._gateway_id = gateway_id
+        self._model = model
+        self._jitter = jitter
+        self._workers: dict[str, Worker] = {}
         self._on_change = on_change
         self._limits = ModelLimits()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        for worker in self._workers.values():
-            worker.session.start()
+        """Let go of workers that have left, from now on."""
+        self._sweeper = asyncio.create_task(self._sweep(), name="fleet sweeper")
+
+    def update(self, endpoints: Sequence[Endpoint]) -> None:
+        """Make these the known workers: new ones are connected to, missing ones leave when they are idle or lost."""
+        listed = {endpoint.address: endpoint for endpoint in endpoints}
+        for address in listed.keys() - self._workers.keys():
+            session = SessionClient(address, gateway_id=self._gateway_id, on_change=self._changed, jitter=self._jitter)
+            self._workers[address] = Worker(session)
+            session.start()
+            _logger.info("worker %s was found", address)
+        for address, worker in self._workers.items():
+            endpoint = listed.get(address)
+            worker.listed = endpoint is not None
+            worker.draining = endpoint is not None and endpoint.draining
+        self._changed()
 
     async def close(self) -> None:
         """End every session; aborts that are queued still go out."""
-        await asyncio.gather(*(worker.session.close() for worker in self._workers.values()))
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.gather(*(worker.session.close() for worker in self._workers.values()), *self._leaving)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            gone = [w for w in self._workers.values() if not w.listed and (w.session.info is None or not w.busy)]
+            for worker in gone:
+                del self._workers[worker.address]
+                _logger.info("worker %s has left", worker.address)
+                task = asyncio.create_task(worker.session.close(), name=f"leave {worker.address}")
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+            if gone:
+                self._on_change()
+
+    def count_sessions(self) -> dict[str, int]:
+        """Return how many sessions are up, down, and up with a worker that is not used."""
+        counts = {"up": 0, "down": 0, "refused": 0}
+        for worker in self._workers.values():
+            state = "down" if worker.session.info is None else "refused" if worker.refused else "up"
+            counts[state] += 1
+        return counts
 
     def worker(self, address: str) -> Worker:
         return self._workers[address]
@@ -98,7 +149,9 @@ class Fleet:
         return self._limits
 
     def _changed(self) -> None:
-        infos = [worker.session.info for worker in self._workers.values()]
+        for worker in self._workers.values():
+            self._check_model(worker)
+        infos = [worker.session.info for worker in self._workers.values() if not worker.refused]
         owners = [i for i in infos if i is not None and i.state == "ready" and i.role in ("decode", "unified")]
         if owners:
             self._limits = ModelLimits(
@@ -111,3 +164,13 @@ class Fleet:
         if len({info.fingerprint for info in owners}) > 1:
             _logger.warning("ready workers have different fingerprints: is it one model?")
         self._on_change()
+
+    def _check_model(self, worker: Worker) -> None:
+        info = worker.session.info
+        if info is None or not self._model or info.model == self._model:
+            worker.refused = ""
+            return
+        why = f"it serves {info.model}, this gateway {self._model} (model.served_name names it where paths differ)"
+        if why != worker.refused:
+            _logger.error("worker %s is not used: %s", worker.address, why)
+        worker.refused = why

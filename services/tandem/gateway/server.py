@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from tandem.config import Config
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.gateway.admission import Admission
+from tandem.gateway.discovery import choose_discovery
 from tandem.gateway.dispatch import Dispatcher
 from tandem.gateway.fleet import Fleet
 from tandem.gateway.frontend import InferenceServicer
@@ -44,15 +45,18 @@ class Gateway:
         self._changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
         self._health = Health(self._not_ready)
-        self.fleet = Fleet(
-            (*config.gateway.prefill, *config.gateway.decode),
-            gateway_id=uuid.uuid4().hex,
-            on_change=self._fleet_changed,
-        )
+        self.fleet = Fleet(gateway_id=uuid.uuid4().hex, model=files.name, on_change=self._fleet_changed)
         self.admission = Admission(config.gateway.max_inflight_requests)
         self._server = RpcServer(max_message_bytes=GATEWAY_MESSAGE_BYTES, reflection=config.server.reflection)
         metrics = GatewayMetrics(self._registry)
-        metrics.watch(inflight=lambda: self.admission.inflight, ready_workers=self.fleet.count_ready)
+        metrics.watch(
+            inflight=lambda: self.admission.inflight,
+            ready_workers=self.fleet.count_ready,
+            sessions=lambda state: self.fleet.count_sessions()[state],
+            loop_lag=lambda: self._health.loop_lag_seconds,
+        )
+        addresses = (*config.gateway.prefill, *config.gateway.decode)
+        self._discovery = choose_discovery(config.discovery, addresses, metrics.discovery_restarted)
         self._dispatcher = Dispatcher(
             self.fleet,
             max_prefill_peers=config.gateway.prefill_peers,
@@ -95,6 +99,7 @@ class Gateway:
         self._health.start()
         self._health_task = asyncio.create_task(self._follow_health(), name="gateway health")
         self.fleet.start()
+        self._discovery.start(self.fleet.update)
         return f"{server.advertise_host or server.host}:{port}"
 
     async def drain(self) -> None:
@@ -109,6 +114,7 @@ class Gateway:
             _logger.error("%d requests did not end when cancelled", self.admission.inflight)
         if self._health_task is not None:
             self._health_task.cancel()
+        await self._discovery.close()
         await self.fleet.close()
         self._tokenizer.close()
         self._health.stop()

@@ -25,11 +25,26 @@ class GatewayMetrics:
         self._ready_workers = _gauge(table.READY_WORKERS, registry)
         self._resumptions = _counter(table.RESUMPTIONS, registry)
         self._resumptions_refused = _counter(table.RESUMPTIONS_REFUSED, registry)
+        self._sessions = _gauge(table.SESSIONS, registry)
+        self._discovery_restarts = _counter(table.DISCOVERY_RESTARTS, registry)
+        self._loop_lag = _gauge(table.LOOP_LAG, registry)
+        for reason in table.DISCOVERY_REASONS:
+            self._discovery_restarts.labels(reason)
         self._output_tokens = self._tokens.labels("output")
         self._itl_by_api: dict[str, Histogram] = {}  # a labels() look-up costs as much as the observation
 
-    def watch(self, *, inflight: Callable[[], int], ready_workers: Callable[[str], int]) -> None:
+    def watch(
+        self,
+        *,
+        inflight: Callable[[], int],
+        ready_workers: Callable[[str], int],
+        sessions: Callable[[str], int],
+        loop_lag: Callable[[], float],
+    ) -> None:
         """Show what these return."""
+        for state in table.SESSION_STATES:
+            self._sessions.labels(state).set_function(partial(sessions, state))
+        self._loop_lag.set_function(loop_lag)
         self._inflight.set_function(inflight)
         for role in ("prefill", "decode", "unified"):
             self._ready_workers.labels(role).set_function(partial(ready_workers, role))
@@ -60,6 +75,10 @@ class GatewayMetrics:
     def resumption_refused(self, reason: str) -> None:
         """An answer needed another worker and got none; `reason` is one of the table's."""
         self._resumptions_refused.labels(reason).inc()
+
+    def discovery_restarted(self, reason: str) -> None:
+        """The known workers could not be renewed, or only by a new list; `reason` is one of the table's."""
+        self._discovery_restarts.labels(reason).inc()
 
     def prompt(self, num_tokens: int, cached_tokens: int) -> None:
         self._tokens.labels("prompt").inc(num_tokens)

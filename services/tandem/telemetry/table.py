@@ -63,6 +63,23 @@ INFLIGHT = Metric(name="tandem_gateway_inflight", kind="gauge", help="Answers th
 READY_WORKERS = Metric(
     name="tandem_gateway_ready_workers", kind="gauge", help="Workers that take requests", labels=("role",)
 )
+SESSION_STATES = ("up", "down", "refused")
+SESSIONS = Metric(
+    name="tandem_gateway_sessions",
+    kind="gauge",
+    help="Sessions to workers: up, down, or refused since the worker serves another model",
+    labels=("state",),
+)
+DISCOVERY_REASONS = ("expired", "error", "dns")
+DISCOVERY_RESTARTS = Metric(
+    name="tandem_gateway_discovery_restarts",
+    kind="counter",
+    help="Times that discovery had to begin anew: its place in history expired, an error, a name not resolved",
+    labels=("reason",),
+)
+LOOP_LAG = Metric(
+    name="tandem_gateway_loop_lag_seconds", kind="gauge", help="How late the event loop is with its heartbeat"
+)
 RESUMPTIONS = Metric(
     name="tandem_gateway_resumptions",
     kind="counter",
@@ -84,6 +101,9 @@ GATEWAY_METRICS = (
     TOKENS,
     INFLIGHT,
     READY_WORKERS,
+    SESSIONS,
+    DISCOVERY_RESTARTS,
+    LOOP_LAG,
     RESUMPTIONS,
     RESUMPTIONS_REFUSED,
 )
