@@ -1,0 +1,156 @@
+{{/* What gateway and worker pods have in common. Call with (list $ role). */}}
+
+{{- define "tandem.podMetadata" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $values := index $root.Values $role -}}
+labels:
+  {{- include "tandem.labels" . | nindent 2 }}
+  {{- if ne $role "gateway" }}
+  llm-d.ai/role: {{ $role }}
+  {{- end }}
+  {{- with $values.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+annotations:
+  checksum/config: {{ include "tandem.config" . | sha256sum }}
+  {{- if and $root.Values.rdma.enabled $root.Values.rdma.network (ne $role "gateway") }}
+  k8s.v1.cni.cncf.io/networks: {{ $root.Values.rdma.network | quote }}
+  {{- end }}
+  {{- with $values.podAnnotations }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+
+{{- define "tandem.podPlacement" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $values := index $root.Values $role -}}
+terminationGracePeriodSeconds: {{ include "tandem.grace" . }}
+securityContext:
+  {{- toYaml $root.Values.podSecurityContext | nindent 2 }}
+{{- with $root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+{{- with $values.topologySpreadConstraints }}
+  {{- toYaml . | nindent 2 }}
+{{- else }}
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "tandem.selector" (list $root $role) | nindent 8 }}
+{{- end }}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{- define "tandem.container" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $values := index $root.Values $role -}}
+- name: {{ $role }}
+  image: {{ include "tandem.image" (list $root (eq $role "gateway" | ternary "gateway" "worker")) }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  args: [{{ $role }}, --config, /etc/tandem/config.json]
+  env:
+    - name: TANDEM_SERVER__ADVERTISE_HOST
+      valueFrom: {fieldRef: {fieldPath: status.podIP}}
+    {{- with $root.Values.model.tokenSecret.name }}
+    - name: HF_TOKEN
+      valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.model.tokenSecret.key }}}}
+    {{- end }}
+    {{- with $values.extraEnv }}{{ toYaml . | nindent 4 }}{{ end }}
+  ports:
+    - {name: grpc, containerPort: 50051, protocol: TCP}
+    - {name: metrics, containerPort: 9090, protocol: TCP}
+    {{- if has $role (list "prefill" "decode") }}
+    - {name: kv, containerPort: 50052, protocol: TCP}
+    {{- end }}
+    {{- if eq $role "prefill" }}
+    - {name: handoff, containerPort: 50053, protocol: TCP}
+    {{- end }}
+  {{- include "tandem.probes" . | nindent 2 }}
+  {{- if gt (int $values.preStopSeconds) 0 }}
+  lifecycle:
+    preStop: {exec: {command: [sleep, {{ $values.preStopSeconds | quote }}]}}
+  {{- end }}
+  resources:
+    {{- include "tandem.resources" . | nindent 4 }}
+  securityContext:
+    allowPrivilegeEscalation: false
+    readOnlyRootFilesystem: true
+    capabilities:
+      drop: [ALL]
+      {{- if and $root.Values.rdma.enabled (ne $role "gateway") }}
+      add: [IPC_LOCK] # RDMA pins memory
+      {{- end }}
+  volumeMounts:
+    - {name: config, mountPath: /etc/tandem, readOnly: true}
+    - {name: tmp, mountPath: /tmp}
+    - {name: hub, mountPath: /tmp/huggingface}
+    {{- if $root.Values.model.claim }}
+    - {name: models, mountPath: /models, readOnly: true}
+    {{- end }}
+    {{- with $values.extraVolumeMounts }}{{ toYaml . | nindent 4 }}{{ end }}
+{{- end }}
+
+{{- define "tandem.volumes" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $values := index $root.Values $role -}}
+- name: config
+  configMap: {name: {{ include "tandem.fullname" $root }}-{{ $role }}}
+- name: tmp
+  emptyDir: {sizeLimit: 1Gi}
+- name: hub
+  {{- if $root.Values.model.cacheClaim }}
+  persistentVolumeClaim: {claimName: {{ $root.Values.model.cacheClaim }}}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ $root.Values.model.cacheSizeLimit }}}
+  {{- end }}
+{{- with $root.Values.model.claim }}
+- name: models
+  persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- with $values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "tandem.resources" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $resources := deepCopy (index $root.Values $role).resources -}}
+{{- if and $root.Values.rdma.enabled (ne $role "gateway") -}}
+{{- $device := dict $root.Values.rdma.resourceName (toString $root.Values.rdma.resourceCount) -}}
+{{- $resources = merge (dict "limits" $device "requests" $device) $resources -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end }}
+
+{{- define "tandem.probes" -}}
+{{- $root := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $probes := $root.Values.probes -}}
+{{- $starts := eq $role "gateway" | ternary "live" "ready" -}}
+{{- range $kind, $asks := dict "startup" $starts "readiness" "ready" "liveness" "live" }}
+{{ $kind }}Probe:
+  {{- if $probes.grpc }}
+  grpc: {port: 50051, service: {{ eq $asks "live" | ternary "liveness" "readiness" }}}
+  {{- else }}
+  httpGet: {path: /{{ $asks }}z, port: metrics}
+  {{- end }}
+  {{- toYaml (index $probes $kind) | nindent 2 }}
+{{- end }}
+{{- end }}
