@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,13 +313,23 @@ def test_a_restarted_exporter_on_the_same_port_is_another_one(importer: Peer, ne
     assert importer.pull(again, ALL).status is PullStatus.DONE
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and return only once none of its threads runs any more."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 5.0
+    threads = [Path(f"/proc/{pid}/task/{thread}/stat") for thread in os.listdir(f"/proc/{pid}/task")]
+    while any(thread.read_text().rpartition(")")[2].split()[0] != "T" for thread in threads):
+        assert time.monotonic() < deadline, "the process does not stop"
+        time.sleep(0.001)
+
+
 def test_a_stopped_exporter_is_broken_off_and_delays_nobody(
     exporter: Peer, importer: Peer, shared: Shared, new_peer: NewPeer
 ) -> None:
     stopped = new_peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
     held = stopped.export(b"handoff", ALL)
     assert importer.pull(held, ALL).status is PullStatus.DONE  # connections are pooled now
-    os.kill(stopped.pid, signal.SIGSTOP)
+    stop(stopped.pid)
     try:
         start = time.monotonic()
         tickets = [importer.begin_pull(held, ALL) for _ in range(5)]
@@ -340,7 +351,7 @@ def test_a_stopped_exporter_is_broken_off_and_delays_nobody(
 def test_a_stopped_importer_delays_no_other(exporter: Peer, importer: Peer, shared: Shared, new_peer: NewPeer) -> None:
     stopped = new_peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
     stopped.begin_pull(shared, ALL)
-    os.kill(stopped.pid, signal.SIGSTOP)
+    stop(stopped.pid)
     try:
         for _ in range(5):
             begin = time.monotonic()

@@ -27,6 +27,7 @@ WATCH_SECONDS = 300  # the server ends a watch after this; a new one goes on whe
 WATCH_MARGIN_SECONDS = 30.0
 BACKOFF_SECONDS_MIN = 1.0
 BACKOFF_SECONDS_MAX = 30.0
+PUBLISH_SECONDS = 0.05  # at most one update in this long: a rollout of a thousand pods is a few dozen updates
 PAGE_PODS = 500
 MAX_LIST_BYTES = 64 << 20
 MAX_EVENT_BYTES = 4 << 20
@@ -67,6 +68,7 @@ class PodDiscovery:
         self._lock = threading.Lock()
         self._unpublished: tuple[Endpoint, ...] | None = None
         self._published: tuple[Endpoint, ...] | None = None
+        self._publish_after = 0.0
         self._loop: asyncio.AbstractEventLoop
         self._publish: Publish
 
@@ -177,13 +179,17 @@ class PodDiscovery:
         with self._lock:
             waiting, self._unpublished = self._unpublished is not None, endpoints
         if not waiting and not self._stopping.is_set():
-            self._loop.call_soon_threadsafe(self._take)
+            self._loop.call_soon_threadsafe(self._schedule)
+
+    def _schedule(self) -> None:
+        """Take what is offered now, or as soon as the last update is long enough ago."""
+        self._loop.call_at(max(self._publish_after, self._loop.time()), self._take)
 
     def _take(self) -> None:
         with self._lock:
             endpoints, self._unpublished = self._unpublished, None
         if endpoints is not None and endpoints != self._published and not self._stopping.is_set():
-            self._published = endpoints
+            self._published, self._publish_after = endpoints, self._loop.time() + PUBLISH_SECONDS
             self._publish(endpoints)
 
 
