@@ -36,12 +36,12 @@ COPY services services
 RUN python3 -m venv /opt/wheel && /opt/wheel/bin/pip wheel --no-deps --wheel-dir /wheel .
 
 FROM gateway-build AS gateway-installed
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    /opt/tandem/bin/pip install --no-deps /wheel/*.whl && /opt/tandem/bin/pip uninstall -y pip setuptools
+COPY --from=wheel /wheel /wheel
+RUN /opt/tandem/bin/pip install --no-deps /wheel/*.whl && /opt/tandem/bin/pip uninstall -y pip setuptools
 
 FROM worker-build AS worker-installed
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    /opt/tandem/bin/pip install --no-deps /wheel/*.whl && /opt/tandem/bin/pip uninstall -y pip setuptools
+COPY --from=wheel /wheel /wheel
+RUN /opt/tandem/bin/pip install --no-deps /wheel/*.whl && /opt/tandem/bin/pip uninstall -y pip setuptools
 
 # ---- what both images are ------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS runtime

@@ -4,10 +4,10 @@ BIN := .venv/bin
 WORKERS ?= 3
 export PYTHON
 
-.PHONY: help demo up test check unit proto format clean
+.PHONY: help demo up test check unit e2e proto format clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 .venv/.run: pyproject.toml constraints.txt scripts/install
 	@scripts/install
@@ -33,6 +33,9 @@ check: .venv/.dev ## Lint, format, types, generated code
 
 unit: .venv/.dev ## The tests, slow ones beside the rest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+e2e: .venv/.dev ## On a real Kubernetes (TANDEM_TEST_KUBECONFIG, or the test cluster beside the checkout)
+	@scripts/e2e $(ARGS)
 
 proto: .venv/.dev ## Generate services/tandem/rpc/gen from proto/
 	$(BIN)/python -m tandem.rpc.generate
