@@ -136,6 +136,21 @@ def between_pods(config: TlsConfig) -> CertificateSource | None:
     return CertificateSource(files, config.reload_seconds)
 
 
+def of_client(ca_file: str, certificate_file: str, key_file: str) -> Pem:
+    """Read what a command line client was given, "" for what it was not. Raises ConfigError, in words of its flags."""
+    authorities = read_file(f"--tls-ca-file {ca_file}", ca_file)
+    if ca_file:
+        check_certificates(f"--tls-ca-file {ca_file}", authorities)
+    if bool(certificate_file) != bool(key_file):
+        raise ConfigError("--tls-certificate-file, --tls-key-file: one without the other")
+    labels = f"--tls-certificate-file {certificate_file}", f"--tls-key-file {key_file}"
+    pem = Pem(read_file(labels[0], certificate_file), read_file(labels[1], key_file), authorities)
+    if certificate_file:
+        check_certificates(labels[0], pem.chain)
+        _checked_contexts(*labels, pem, between_peers=False)
+    return pem
+
+
 def read_file(label: str, path: str) -> bytes:
     """Read one file, bounded; `label` names it in the ConfigError that this raises."""
     if not path:

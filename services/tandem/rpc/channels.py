@@ -49,6 +49,6 @@ def _meaning(details: str, secure: bool) -> str:
             return meaning
     if any(sign in details for sign in _CLOSED):
         if secure:
-            return "it closes the connection: it wants a certificate that it trusts, or does not speak TLS"
+            return "it closes the connection: it wants a certificate that it trusts, or does not have TLS"
         return "it closes the connection: it may want TLS"
     return details.rpartition("last error: ")[2]
