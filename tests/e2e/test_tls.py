@@ -153,11 +153,11 @@ def test_a_right_answer_with_everything_encrypted(secured: Secured, oracle: Orac
 # ---- strangers ------------------------------------------------------------------------------------------------------
 
 
-def status_of(call: Callable[[], object]) -> str:
+def status_of(call: Callable[..., object], *arguments: object) -> str:
     try:
-        call()
+        call(*arguments)
     except grpc.RpcError as error:
-        return f"{error.code().name} {error.details()}"  # type: ignore[attr-defined]
+        return f"{error.code().name} {error.details()}"
     return "OK"
 
 
@@ -185,10 +185,10 @@ def knock(port: int, authority: Authority, pair: tuple[Path, Path] | None) -> st
     if pair is not None:
         context.load_cert_chain(*pair)
     try:
-        with socket.create_connection(("127.0.0.1", port), 5) as raw:
-            with context.wrap_socket(raw, server_hostname=PEER_NAME) as sock:
-                sock.settimeout(0.5)
-                return "closed" if sock.recv(1) == b"" else "talks"
+        raw = socket.create_connection(("127.0.0.1", port), 5)
+        with raw, context.wrap_socket(raw, server_hostname=PEER_NAME) as sock:
+            sock.settimeout(0.5)
+            return "closed" if sock.recv(1) == b"" else "talks"
     except TimeoutError:
         return "waits"  # for our Hello: we are in
     except OSError as error:
@@ -209,15 +209,15 @@ def test_strangers_are_refused_at_every_port_and_harm_nobody(secured: Secured, o
     foreign = [None, shown(None), shown(other.issue(PEER_NAME))]
     with Load(secured, oracle) as load:
         for address in (secured.prefill.address, secured.decode.address):
-            assert status_of(lambda address=address: ask_info(address, ours)) == "OK"
-            answer = status_of(lambda address=address: ask_info(address, named))
+            assert status_of(ask_info, address, ours) == "OK"
+            answer = status_of(ask_info, address, named)
             assert answer == f"PERMISSION_DENIED your certificate is for somebody, not for {PEER_NAME}"
             for credentials in foreign:
-                answer = status_of(lambda address=address, shows=credentials: ask_info(address, shows))
+                answer = status_of(ask_info, address, credentials)
                 assert answer.startswith("UNAVAILABLE")
-        assert not status_of(lambda: open_handoff(handoffs, ours)).startswith(("UNAVAILABLE", "PERMISSION"))
-        assert status_of(lambda: open_handoff(handoffs, named)).startswith("PERMISSION_DENIED")
-        assert all(status_of(lambda c=c: open_handoff(handoffs, c)).startswith("UNAVAILABLE") for c in foreign)
+        assert not status_of(open_handoff, handoffs, ours).startswith(("UNAVAILABLE", "PERMISSION"))
+        assert status_of(open_handoff, handoffs, named).startswith("PERMISSION_DENIED")
+        assert all(status_of(open_handoff, handoffs, c).startswith("UNAVAILABLE") for c in foreign)
         assert knock(secured.kv_port, secured.pods, secured.pods.write("good", PEER_NAME)) == "waits"
         assert knock(secured.kv_port, secured.pods, secured.pods.write("named", "somebody")) not in ("waits", "talks")
         assert knock(secured.kv_port, secured.pods, other.write("foreign", PEER_NAME)) not in ("waits", "talks")
@@ -271,9 +271,9 @@ def test_rotation_under_load_loses_nothing(secured: Secured, oracle: Oracle, tmp
         load.wait_answers(6)
     load.check()
     old = grpc.ssl_channel_credentials(secured.pods.ca, *reversed(secured.pods.issue(PEER_NAME)))
-    assert status_of(lambda: ask_info(secured.decode.address, old)).startswith("UNAVAILABLE")
+    assert status_of(ask_info, secured.decode.address, old).startswith("UNAVAILABLE")
     new = grpc.ssl_channel_credentials(successor.ca, *reversed(successor.issue(PEER_NAME)))
-    assert status_of(lambda: ask_info(secured.decode.address, new)) == "OK"
+    assert status_of(ask_info, secured.decode.address, new) == "OK"
     assert secured.decode.worker_metric("local_prefills") == 0
 
 

@@ -54,12 +54,9 @@ class Cluster:
         Raises ConfigError for a gateway with TLS, whose authorities nothing here knows.
         """
         shape = self.shape
-        if load(
-            "gateway", [*self._own_settings("gateway"), "--gateway.decode=later:1"], os.environ
-        ).tls.certificate_file:
-            raise ConfigError(
-                "tls.certificate_file: start `tandem gateway` yourself; `tandem up` and `demo` ask in plaintext"
-            )
+        gateway_config = load("gateway", [*self._own_settings("gateway"), "--gateway.decode=later:1"], os.environ)
+        if gateway_config.tls.certificate_file:
+            raise ConfigError("tls.certificate_file: this asks its gateway in plaintext; start `tandem gateway` alone")
         programs: list[tuple[Program, int]] = [
             ("prefill", shape.num_prefill),
             ("decode", shape.num_decode),
