@@ -123,10 +123,14 @@ class Program:
         return time.monotonic() - began
 
 
-def wait_serving(address: str, seconds: float = 20.0) -> None:
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    return grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+
+
+def wait_serving(address: str, seconds: float = 20.0, credentials: grpc.ChannelCredentials | None = None) -> None:
     """Wait until the program's health service says SERVING."""
     deadline = time.monotonic() + seconds
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address, credentials) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         while (
             stub.Check(health_pb2.HealthCheckRequest(), timeout=seconds).status
@@ -142,6 +146,7 @@ class Service:
     def __init__(self, checkpoint: Path, folder: Path) -> None:
         self.checkpoint = checkpoint
         self.folder = folder
+        self.credentials: grpc.ChannelCredentials | None = None  # of clients, for a gateway with TLS
         self.programs: list[Program] = []
         self.channels: list[grpc.Channel] = []
 
@@ -172,7 +177,7 @@ class Service:
         )
         self.programs.append(program)
         program.wait_ready()
-        wait_serving(program.address)
+        wait_serving(program.address, credentials=self.credentials)
         self._wait_workers(program, len(prefills), len(decodes))
         return program
 
@@ -188,7 +193,7 @@ class Service:
             time.sleep(0.02)
 
     def stub(self, gateway: Program) -> InferenceServiceStub:
-        channel = grpc.insecure_channel(gateway.address)
+        channel = open_channel(gateway.address, self.credentials)
         self.channels.append(channel)
         return InferenceServiceStub(channel)
 

@@ -9,11 +9,11 @@ import pytest
 
 from tandem.transfer.choice import mooncake_absence
 from tests.fakes.transport_loopback import LOOPBACK
-from tests.transfer.peer import Peer
+from tests.transfer.peer import TCP_TLS, Peer
 
 MOONCAKE = pytest.param("mooncake-tcp", marks=pytest.mark.mooncake)
-ALL_TRANSPORTS = [LOOPBACK, "tcp", MOONCAKE]
-PROCESS_TRANSPORTS = ["tcp", MOONCAKE]
+ALL_TRANSPORTS = [LOOPBACK, "tcp", TCP_TLS, MOONCAKE]
+PROCESS_TRANSPORTS = ["tcp", TCP_TLS, MOONCAKE]
 
 NewPeer = Callable[..., Peer]
 

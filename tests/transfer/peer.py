@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import queue
 import select
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tandem.config import HandoffConfig, TransferConfig
+from tandem.config import HandoffConfig, TlsConfig, TransferConfig
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import (
     CancelPull,
@@ -30,12 +33,20 @@ from tandem.transfer.memory import PoolMemory
 from tandem.transfer.pages import PageSpace
 from tandem.transfer.process import TransferProcess
 from tandem.transfer.service import Service
+from tests.certificates import Authority
 from tests.fakes.transport_loopback import LOOPBACK, LoopbackExporter, LoopbackImporter
 
+TCP_TLS = "tcp-tls"  # plain TCP between pods that have certificates
 PROGRESS_SECONDS = 1.0
 WAIT_SECONDS = 20.0
 Outcome = TypeVar("Outcome")
 _tickets = itertools.count(1)
+
+
+@functools.cache
+def pod_tls() -> TlsConfig:
+    """Return the certificate that the pods of this test run share."""
+    return Authority(Path(tempfile.mkdtemp(prefix="tandem-tls-"))).pod()
 
 
 def layout_of(num_pages: int, page_bytes: int) -> KvLayout:
@@ -55,8 +66,10 @@ class Pipe(Protocol):
 class ProcessPipe:
     """A real transfer process."""
 
-    def __init__(self, config: TransferConfig, handoff: HandoffConfig, memory: PoolMemory, layout: KvLayout) -> None:
-        self.process = TransferProcess.spawn(config, handoff, memory, layout, "127.0.0.1")
+    def __init__(
+        self, config: TransferConfig, handoff: HandoffConfig, memory: PoolMemory, layout: KvLayout, tls: TlsConfig
+    ) -> None:
+        self.process = TransferProcess.spawn(config, handoff, memory, layout, "127.0.0.1", tls)
 
     def send(self, command: object) -> None:
         self.process.channel.send(command)
@@ -108,12 +121,14 @@ class Peer:
         seed: int = 0,
         config: TransferConfig | None = None,
         handoff: HandoffConfig | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:
         self.layout = layout_of(num_pages, page_bytes)
         self.memory = PoolMemory.create(self.layout.pool_bytes)
         self.rows = PageSpace(self.memory.view, page_bytes).rows
         self.rows[:] = np.random.default_rng(seed).integers(0, 256, self.rows.shape, dtype=np.uint8)
-        self.transport = transport
+        self.transport = "tcp" if transport == TCP_TLS else transport
+        self.tls = tls or (pod_tls() if transport == TCP_TLS else TlsConfig())
         self._config = config or TransferConfig(trusted_network=True, connections=2)
         self._handoff = handoff or HandoffConfig(progress_seconds=PROGRESS_SECONDS, connect_seconds=PROGRESS_SECONDS)
         self._unclaimed: list[Any] = []
@@ -125,7 +140,7 @@ class Peer:
             self.pipe: Pipe = LoopbackPipe(self.memory, self.layout)
         else:
             config = replace(self._config, transport=self.transport)  # type: ignore[arg-type]
-            self.pipe = ProcessPipe(config, self._handoff, self.memory, self.layout)
+            self.pipe = ProcessPipe(config, self._handoff, self.memory, self.layout, self.tls)
         self.ready = self.wait(TransferReady)
 
     @property

@@ -14,12 +14,12 @@ from tandem.transfer import hashing
 from tandem.transfer.pages import Pages, PageSpace
 from tests.fakes.transport_loopback import LOOPBACK
 from tests.transfer.conftest import ALL_TRANSPORTS, NewPeer
-from tests.transfer.peer import Peer
+from tests.transfer.peer import TCP_TLS, Peer
 
 Pair = tuple[Peer, Peer]
 
 every = pytest.mark.parametrize("pair", ALL_TRANSPORTS, indirect=True)
-guarded = pytest.mark.parametrize("pair", [LOOPBACK, "tcp"], indirect=True)  # those that know who may read what
+guarded = pytest.mark.parametrize("pair", [LOOPBACK, "tcp", TCP_TLS], indirect=True)  # who know who may read
 
 
 @pytest.mark.parametrize("transport", ALL_TRANSPORTS)
@@ -35,7 +35,7 @@ def test_pages_arrive(transport: str, page_bytes: int, num_pages: int, new_peer:
         ended = importer.pull(shared, targets)
         assert (ended.status, ended.good_ordinals, ended.bad_ordinals) == (PullStatus.DONE, tuple(range(count)), ())
         assert ended.num_bytes == count * page_bytes
-        assert ended.transport == transport
+        assert ended.transport == importer.transport
         assert 0 < ended.seconds < 60
         assert np.array_equal(importer.rows[targets], exporter.rows[sources])
         others = np.setdiff1d(np.arange(num_pages), targets)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tandem.certificates import between_pods, peer_contexts
 from tandem.config import TransferConfig
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import PullStatus, Revoke, Revoked
@@ -21,23 +22,28 @@ from tandem.transfer.tcp_stream import split_address
 from tandem.transfer.wire import Hello, Request
 from tests.fakes.transport_proxy import FaultProxy, Faults
 from tests.transfer.conftest import NewPeer
-from tests.transfer.peer import PROGRESS_SECONDS, Peer, Shared
+from tests.transfer.peer import PROGRESS_SECONDS, TCP_TLS, Peer, Shared
 
 PAGE_BYTES = 64 << 10
 NUM_PAGES = 128  # 8 MiB
 ALL = range(NUM_PAGES)
 
 
+@pytest.fixture(scope="module", params=["tcp", TCP_TLS])
+def plane(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def exporter() -> Iterator[Peer]:
-    peer = Peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, seed=1)
+def exporter(plane: str) -> Iterator[Peer]:
+    peer = Peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, seed=1)
     yield peer
     peer.close()
 
 
 @pytest.fixture(scope="module")
-def importer() -> Iterator[Peer]:
-    peer = Peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, seed=2)
+def importer(plane: str) -> Iterator[Peer]:
+    peer = Peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, seed=2)
     yield peer
     peer.close()
 
@@ -66,8 +72,14 @@ def test_the_proxy_itself_is_harmless(importer: Peer, shared: Shared, proxy: Fau
 
 
 def test_a_flipped_byte_is_found_in_its_page_and_nowhere_else(
-    importer: Peer, shared: Shared, proxy: FaultProxy
+    importer: Peer, shared: Shared, proxy: FaultProxy, plane: str
 ) -> None:
+    if plane == TCP_TLS:
+        proxy.faults = Faults(flip_at=3 * PAGE_BYTES, num_faulty=1)
+        ended = importer.pull(shared, ALL, endpoint=through(proxy, shared))
+        assert ended.status is PullStatus.FAILED  # TLS does not let it through, and ends the connection
+        assert "MAC" in ended.message.upper() or "RECORD" in ended.message.upper()
+        return
     welcome, frame_head = 64, 64
     proxy.faults = Faults(flip_at=welcome + frame_head + 3 * PAGE_BYTES + 17, num_faulty=1)
     ended = importer.pull(shared, ALL, endpoint=through(proxy, shared))
@@ -215,7 +227,7 @@ def test_a_reader_that_hangs_is_dropped(exporter: Peer) -> None:
     with asking_and_not_reading(large) as sock:
         time.sleep(PROGRESS_SECONDS * 1.5)
         received = 0
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):
             while data := sock.recv(1 << 20):
                 received += len(data)
     assert received < len(large.pages) * PAGE_BYTES
@@ -225,7 +237,11 @@ def test_a_reader_that_hangs_is_dropped(exporter: Peer) -> None:
 @contextlib.contextmanager
 def asking_and_not_reading(shared: Shared) -> Iterator[socket.socket]:
     endpoint = shared.owner.endpoint
-    with socket.create_connection(split_address(endpoint.address)) as sock:
+    with contextlib.ExitStack() as stack:
+        sock: socket.socket = stack.enter_context(socket.create_connection(split_address(endpoint.address)))
+        if (certificates := between_pods(shared.owner.tls)) is not None:
+            client, _ = peer_contexts(certificates.current)
+            sock = stack.enter_context(client.wrap_socket(sock, server_hostname=shared.owner.tls.peer_name))
         sock.sendall(Hello(endpoint.instance_id, os.urandom(32)).encode())
         request = Request(
             sequence=1,
@@ -278,10 +294,10 @@ def test_a_token_over_the_limit_fails_and_harms_nobody(
     assert importer.pull(shared, ALL).status is PullStatus.DONE
 
 
-def test_an_exporter_killed_mid_pull(new_peer: NewPeer) -> None:
+def test_an_exporter_killed_mid_pull(new_peer: NewPeer, plane: str) -> None:
     many = range(1024)  # 64 MiB: more than the kernel's buffers hold for a dead process
-    dying = new_peer("tcp", num_pages=len(many), page_bytes=PAGE_BYTES)
-    importer = new_peer("tcp", num_pages=len(many), page_bytes=PAGE_BYTES)
+    dying = new_peer(plane, num_pages=len(many), page_bytes=PAGE_BYTES)
+    importer = new_peer(plane, num_pages=len(many), page_bytes=PAGE_BYTES)
     shared = dying.export(b"handoff", many)
     proxy = FaultProxy(dying.endpoint.address, Faults(stall_after=1 << 20))
     ticket = importer.begin_pull(shared, many, endpoint=through(proxy, shared))
@@ -297,10 +313,10 @@ def test_an_exporter_killed_mid_pull(new_peer: NewPeer) -> None:
     proxy.close()
 
 
-def test_a_restarted_exporter_on_the_same_port_is_another_one(importer: Peer, new_peer: NewPeer) -> None:
+def test_a_restarted_exporter_on_the_same_port_is_another_one(importer: Peer, new_peer: NewPeer, plane: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    peer = new_peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, config=TransferConfig(port=port))
+    peer = new_peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, config=TransferConfig(port=port))
     shared, old = peer.export(b"handoff", ALL), peer.endpoint
     assert importer.pull(shared, ALL).status is PullStatus.DONE
     os.kill(peer.pid, signal.SIGKILL)
@@ -324,9 +340,9 @@ def stop(pid: int) -> None:
 
 
 def test_a_stopped_exporter_is_broken_off_and_delays_nobody(
-    exporter: Peer, importer: Peer, shared: Shared, new_peer: NewPeer
+    exporter: Peer, importer: Peer, shared: Shared, new_peer: NewPeer, plane: str
 ) -> None:
-    stopped = new_peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
+    stopped = new_peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
     held = stopped.export(b"handoff", ALL)
     assert importer.pull(held, ALL).status is PullStatus.DONE  # connections are pooled now
     stop(stopped.pid)
@@ -348,8 +364,10 @@ def test_a_stopped_exporter_is_broken_off_and_delays_nobody(
     assert importer.pull(held, ALL).status is PullStatus.DONE
 
 
-def test_a_stopped_importer_delays_no_other(exporter: Peer, importer: Peer, shared: Shared, new_peer: NewPeer) -> None:
-    stopped = new_peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
+def test_a_stopped_importer_delays_no_other(
+    exporter: Peer, importer: Peer, shared: Shared, new_peer: NewPeer, plane: str
+) -> None:
+    stopped = new_peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
     stopped.begin_pull(shared, ALL)
     stop(stopped.pid)
     try:
@@ -366,9 +384,9 @@ def test_a_stopped_importer_delays_no_other(exporter: Peer, importer: Peer, shar
 
 
 def test_an_importer_killed_mid_pull_leaves_nothing_at_the_exporter(
-    exporter: Peer, shared: Shared, new_peer: NewPeer
+    exporter: Peer, shared: Shared, new_peer: NewPeer, plane: str
 ) -> None:
-    dying = new_peer("tcp", num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
+    dying = new_peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES)
     dying.begin_pull(shared, ALL)
     os.kill(dying.pid, signal.SIGKILL)
     start = time.monotonic()

@@ -11,14 +11,23 @@ from dataclasses import dataclass, field
 
 from grpc import aio
 
+from tandem.certificates import of_client
 from tandem.errors import ConfigError, TandemError, Unavailable
-from tandem.rpc.channels import open_channel
+from tandem.rpc.channels import open_channel, why_not_connected
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as inference_pb2
 from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as inference_grpc
 from tandem.rpc.options import GATEWAY_MESSAGE_BYTES
 from tandem.rpc.status import from_rpc_error
+from tandem.rpc.tls import ClientTls
 
 _CONNECT_SECONDS = 5.0
+_REMEDIES = {  # by a part of the reason
+    "may want TLS": "if it has TLS, say --tls and, for an authority of your own, --tls-ca-file",
+    "wants a certificate": "show one with --tls-certificate-file and --tls-key-file, or leave --tls away",
+    "not from the authorities": "name the authority of its certificate with --tls-ca-file",
+    "another name": "give the name in its certificate with --tls-server-name",
+    "does not speak TLS": "leave --tls and its files away",
+}
 
 
 @dataclass(slots=True)
@@ -74,15 +83,12 @@ async def ask(
     request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
     write: Callable[[str], object],
     timeout_seconds: float | None = None,
+    tls: ClientTls | None = None,
 ) -> Answer:
     """Send a request and `write` the text as it comes. Raises the error that the gateway answers with."""
     answer = Answer()
-    async with open_channel(address, max_message_bytes=GATEWAY_MESSAGE_BYTES) as channel:
-        try:
-            await asyncio.wait_for(channel.channel_ready(), _CONNECT_SECONDS)
-        except TimeoutError:
-            advice = "start one with `tandem up`, or name it with --address"
-            raise Unavailable(f"no gateway answers at {address}; {advice}") from None
+    async with open_channel(address, max_message_bytes=GATEWAY_MESSAGE_BYTES, tls=tls) as channel:
+        await _connect(channel, address, tls)
         stub = inference_grpc.InferenceServiceStub(channel)
         began = time.monotonic()
         call = (
@@ -97,6 +103,29 @@ async def ask(
         except aio.AioRpcError as error:
             raise from_rpc_error(error) from error
     return answer
+
+
+async def _connect(channel: aio.Channel, address: str, tls: ClientTls | None) -> None:
+    """Wait for the connection. Raises Unavailable with the reason and what to do about it."""
+    try:
+        await asyncio.wait_for(channel.channel_ready(), _CONNECT_SECONDS)
+    except TimeoutError:
+        reason = await why_not_connected(channel, secure=tls is not None)
+        advice = "start one with `tandem up`, or name it with --address"
+        for sign, remedy in _REMEDIES.items():
+            if sign in reason:
+                advice = remedy
+        told = f" ({reason})" if reason else ""
+        raise Unavailable(f"no gateway answers at {address}{told}; {advice}") from None
+
+
+def _tls(arguments: argparse.Namespace) -> ClientTls | None:
+    """Return what the flags ask for, None for plaintext. Raises ConfigError."""
+    files = (arguments.tls_ca_file, arguments.tls_certificate_file, arguments.tls_key_file)
+    if not arguments.tls and not arguments.tls_server_name and not any(files):
+        return None
+    pem = of_client(*files)
+    return ClientTls(lambda: pem, arguments.tls_server_name)
 
 
 def _add(answer: Answer, message: inference_pb2.StreamGenerateResponse, seconds: float) -> None:
@@ -119,6 +148,7 @@ async def _show(
     arguments: argparse.Namespace, request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 ) -> int:
     written = False
+    tls = _tls(arguments)
 
     def write(text: str) -> None:
         nonlocal written
@@ -127,7 +157,7 @@ async def _show(
         sys.stdout.flush()
 
     try:
-        answer = await ask(arguments.address, request, write, arguments.timeout)
+        answer = await ask(arguments.address, request, write, arguments.timeout, tls)
     except TandemError as error:
         if written:
             print()

@@ -10,7 +10,8 @@ from typing import Any
 
 from tandem.cli.launch import Child, Show, all_ready, stop_all
 from tandem.config import LoopName, TransportChoice
-from tandem.config_load import PROGRAM_SECTIONS, Program
+from tandem.config_load import PROGRAM_SECTIONS, Program, load
+from tandem.errors import ConfigError
 
 SERVING_SECONDS = 30.0  # for the gateway to meet its workers
 _POOL_FRACTION = 0.5  # of the free memory, for all pools together
@@ -48,8 +49,14 @@ class Cluster:
     gateway_address: str = ""
 
     async def start(self) -> None:
-        """Start the workers side by side, then the gateway; raises ChildDied with which one ended, and why."""
+        """Start the workers side by side, then the gateway; raises ChildDied with which one ended, and why.
+
+        Raises ConfigError for a gateway with TLS, whose authorities nothing here knows.
+        """
         shape = self.shape
+        gateway_config = load("gateway", [*self._own_settings("gateway"), "--gateway.decode=later:1"], os.environ)
+        if gateway_config.tls.certificate_file:
+            raise ConfigError("tls.certificate_file: this asks its gateway in plaintext; start `tandem gateway` alone")
         programs: list[tuple[Program, int]] = [
             ("prefill", shape.num_prefill),
             ("decode", shape.num_decode),

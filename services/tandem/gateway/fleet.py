@@ -15,6 +15,7 @@ from tandem.core.routing import WorkerView
 from tandem.gateway.limits import ModelLimits
 from tandem.gateway.membership import Endpoint
 from tandem.rpc.session_client import SessionClient
+from tandem.rpc.tls import ClientTls
 
 SWEEP_SECONDS = 1.0
 _logger = logging.getLogger(__name__)
@@ -71,11 +72,13 @@ class Fleet:
         model: str = "",
         on_change: Callable[[], None],
         jitter: Callable[[], float] = random.random,
+        tls: ClientTls | None = None,
     ) -> None:
         """`model`: the name of what this gateway tokenizes for; workers of another are not used. Empty: any."""
         self._gateway_id = gateway_id
         self._model = model
         self._jitter = jitter
+        self._tls = tls
         self._workers: dict[str, Worker] = {}
         self._on_change = on_change
         self._limits = ModelLimits()
@@ -90,7 +93,9 @@ class Fleet:
         """Make these the known workers: new ones are connected to, missing ones leave when they are idle or lost."""
         listed = {endpoint.address: endpoint for endpoint in endpoints}
         for address in listed.keys() - self._workers.keys():
-            session = SessionClient(address, gateway_id=self._gateway_id, on_change=self._changed, jitter=self._jitter)
+            session = SessionClient(
+                address, gateway_id=self._gateway_id, on_change=self._changed, jitter=self._jitter, tls=self._tls
+            )
             self._workers[address] = Worker(session)
             session.start()
             _logger.info("worker %s was found", address)

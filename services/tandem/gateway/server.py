@@ -9,6 +9,7 @@ import uuid
 
 from prometheus_client import CollectorRegistry
 
+from tandem.certificates import between_pods, client_facing
 from tandem.config import Config
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.gateway.admission import Admission
@@ -25,6 +26,7 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.rpc.options import GATEWAY_MESSAGE_BYTES
 from tandem.rpc.server import RpcServer
+from tandem.rpc.tls import ClientTls, server_credentials
 from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.gateway import GatewayMetrics
 from tandem.telemetry.health import Health
@@ -45,7 +47,14 @@ class Gateway:
         self._changed = asyncio.Event()
         self._health_task: asyncio.Task[None] | None = None
         self._health = Health(self._not_ready)
-        self.fleet = Fleet(gateway_id=uuid.uuid4().hex, model=files.name, on_change=self._fleet_changed)
+        self._certificates = client_facing(config.tls)
+        self._peer_certificates = between_pods(config.tls)
+        self.fleet = Fleet(
+            gateway_id=uuid.uuid4().hex,
+            model=files.name,
+            on_change=self._fleet_changed,
+            tls=ClientTls.between_pods(self._peer_certificates) if self._peer_certificates is not None else None,
+        )
         self.admission = Admission(config.gateway.max_inflight_requests)
         self._server = RpcServer(max_message_bytes=GATEWAY_MESSAGE_BYTES, reflection=config.server.reflection)
         metrics = GatewayMetrics(self._registry)
@@ -90,7 +99,13 @@ class Gateway:
     async def start(self) -> str:
         """Serve, and return the address; health is NOT_SERVING until a worker is ready. Raises ConfigError."""
         server = self._config.server
-        port = self._server.listen(server.host, server.port)
+        credentials = None
+        if self._certificates is not None:
+            credentials = server_credentials(self._certificates, require_client=bool(self._config.tls.client_ca_file))
+        port = self._server.listen(server.host, server.port, credentials)
+        for certificates in (self._certificates, self._peer_certificates):
+            if certificates is not None:
+                certificates.start()
         if server.metrics_port >= 0:
             self._exporter = Exporter(
                 self._registry, self._health, server.metrics_host or server.host, server.metrics_port
@@ -118,6 +133,9 @@ class Gateway:
         await self.fleet.close()
         self._tokenizer.close()
         self._health.stop()
+        for certificates in (self._certificates, self._peer_certificates):
+            if certificates is not None:
+                certificates.close()
         if self._exporter is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
 

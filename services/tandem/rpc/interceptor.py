@@ -1,5 +1,7 @@
 """The one server interceptor: errors of the tree end a call with their status, bugs with a bare INTERNAL.
 
+`admit` may refuse a call, by raising, before its servicer sees it.
+
 Works for handlers that are coroutines (returning, or driving the context by read and write) and for asynchronous
 generators. Cancellation passes through untouched.
 """
@@ -29,7 +31,10 @@ _KINDS: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
 
 
 class ErrorInterceptor(aio.ServerInterceptor):
-    """Maps what a servicer raises; see the module."""
+    """Maps what a servicer, or `admit` before it, raises; see the module."""
+
+    def __init__(self, admit: Callable[[_Context], None] | None = None) -> None:
+        self._admit = admit or _admit_all
 
     async def intercept_service(
         self,
@@ -43,15 +48,22 @@ class ErrorInterceptor(aio.ServerInterceptor):
         behaviour = getattr(handler, attribute)
         wrap = _wrap_generator if inspect.isasyncgenfunction(behaviour) else _wrap_coroutine
         return factory(
-            wrap(behaviour, handler_call_details.method),
+            wrap(behaviour, handler_call_details.method, self._admit),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
 
-def _wrap_coroutine(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+def _admit_all(context: _Context) -> None:
+    """Refuse nobody."""
+
+
+def _wrap_coroutine(
+    behaviour: Callable[..., Awaitable[Any]], method: str, admit: Callable[[_Context], None]
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: _Context) -> Any:
         try:
+            admit(context)
             return await behaviour(request, context)
         except Exception as error:
             await _end(context, error, method)
@@ -59,9 +71,12 @@ def _wrap_coroutine(behaviour: Callable[..., Awaitable[Any]], method: str) -> Ca
     return call
 
 
-def _wrap_generator(behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
+def _wrap_generator(
+    behaviour: Callable[..., Any], method: str, admit: Callable[[_Context], None]
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         try:
+            admit(context)
             # Closed here and now, not by the garbage collector: its `finally` is what cancels work on the workers.
             async with contextlib.aclosing(behaviour(request, context)) as responses:
                 async for response in responses:

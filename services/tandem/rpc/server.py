@@ -34,12 +34,13 @@ class RpcServer:
         max_message_bytes: int = WORKER_MESSAGE_BYTES,
         reflection: bool = True,
         interceptors: Sequence[aio.ServerInterceptor] = (),
+        admit: Callable[[aio.ServicerContext[Any, Any]], None] | None = None,
         share_port: bool = False,
         max_connection_age_seconds: float | None = None,
     ) -> None:
-        """`interceptors` run outside of the error mapping: they see statuses, not exceptions."""
+        """`interceptors` run outside of the error mapping: they see statuses, not exceptions. `admit` runs inside."""
         self._server = aio.server(
-            interceptors=[*interceptors, ErrorInterceptor()],
+            interceptors=[*interceptors, ErrorInterceptor(admit)],
             options=server_options(
                 max_message_bytes, share_port=share_port, max_connection_age_seconds=max_connection_age_seconds
             ),

@@ -13,7 +13,6 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-import grpc
 from grpc import aio
 
 from tandem.core.messages.requests import Submit
@@ -21,13 +20,15 @@ from tandem.core.messages.worker import WorkerInfo
 from tandem.core.stats import LoadSnapshot
 from tandem.errors import Overloaded, PeerLost, TandemError
 from tandem.rpc import convert, convert_worker, status
-from tandem.rpc.channels import open_channel
+from tandem.rpc.channels import open_channel, why_not_connected
 from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb2
 from tandem.rpc.gen.worker.v1 import worker_service_pb2_grpc as worker_grpc
 from tandem.rpc.options import RECONNECT_SECONDS_MAX, RECONNECT_SECONDS_MIN
 from tandem.rpc.sequence_stream import SequenceStream
+from tandem.rpc.tls import ClientTls
 
 HELLO_SECONDS = 10.0
+CONNECT_SECONDS = 5.0  # then the log says why there is no connection, and another channel is tried
 MAX_UNSENT = 65536  # submits and aborts that wait for the writer
 _logger = logging.getLogger(__name__)
 _Call = aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]
@@ -43,7 +44,7 @@ class SessionClient:
         gateway_id: str,
         on_change: Callable[[], None],
         jitter: Callable[[], float] = random.random,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         self.address = address
         self.info: WorkerInfo | None = None
@@ -52,7 +53,8 @@ class SessionClient:
         self._gateway_id = gateway_id
         self._on_change = on_change
         self._jitter = jitter
-        self._credentials = credentials
+        self._tls = tls
+        self._trouble = ""  # why there is no session, as the log has it already
         self._streams: dict[int, SequenceStream] = {}
         self._unsent: deque[worker_pb2.SessionRequest] = deque()
         self._has_unsent = asyncio.Event()
@@ -118,19 +120,35 @@ class SessionClient:
 
     async def _run(self) -> None:
         backoff = RECONNECT_SECONDS_MIN
-        channel = open_channel(self.address, credentials=self._credentials)
         try:
             while True:
-                await channel.channel_ready()
-                error = await self._session(channel)
+                async with open_channel(self.address, tls=self._tls) as channel:  # with the certificates of now
+                    if not await self._connected(channel):
+                        continue
+                    error = await self._session(channel)
                 if self.info is not None:
                     backoff = RECONNECT_SECONDS_MIN
+                else:
+                    self._tell_trouble(error.message)
                 self._lose(error)
                 await asyncio.sleep(backoff * self._jitter())
                 backoff = min(backoff * 2, RECONNECT_SECONDS_MAX)
         finally:
             self._lose(PeerLost("this gateway closed its session"), expected=True)
-            await channel.close()
+
+    async def _connected(self, channel: aio.Channel) -> bool:
+        """Wait for the connection; False, and a line in the log about why, if it does not come in time."""
+        try:
+            await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
+        except TimeoutError:
+            self._tell_trouble(await why_not_connected(channel, secure=self._tls is not None))
+            return False
+        return True
+
+    def _tell_trouble(self, trouble: str) -> None:
+        if trouble and trouble != self._trouble:
+            _logger.warning("no session with worker %s: %s", self.address, trouble)
+            self._trouble = trouble
 
     async def _session(self, channel: aio.Channel) -> TandemError:
         """Run one session to its end and return why it ended."""
@@ -187,6 +205,7 @@ class SessionClient:
                 stream.end(ended)
         if response.HasField("info"):
             self.info = convert_worker.worker_info_from_proto(response.info)
+            self._trouble = ""
             _logger.info(
                 "worker %s: %s %s, model %s",
                 self.address,

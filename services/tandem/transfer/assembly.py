@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 
+from tandem.certificates import between_pods
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import TransferOutcome, TransferReady, TransportFallback
 from tandem.errors import TransportError
@@ -21,6 +22,7 @@ from tandem.transfer.service import Service
 from tandem.transfer.tcp_exporter import TcpExporter, listen
 from tandem.transfer.tcp_importer import TcpImporter
 from tandem.transfer.tcp_stream import TcpSettings
+from tandem.transfer.tls import PeerTls
 
 _INSTANCE_BYTES = 16
 
@@ -45,12 +47,16 @@ class Assembly:
         self._post = post
         self._host = launch.transfer.host or launch.worker_host
         self._instance_id = os.urandom(_INSTANCE_BYTES)
+        certificates = between_pods(launch.tls)
+        if certificates is not None:
+            certificates.start()
         self._settings = TcpSettings(
             connect_seconds=launch.handoff.connect_seconds,
             progress_seconds=launch.handoff.progress_seconds,
             idle_seconds=launch.transfer.idle_seconds,
             connections=launch.transfer.connections,
             key=shared_key(launch.transfer),
+            tls=PeerTls(certificates) if certificates is not None else None,
         )
 
     def build(self) -> tuple[Service, list[TransferOutcome]]:
@@ -117,6 +123,8 @@ class Assembly:
             if choice.with_tcp:
                 parts.fallbacks.append(TransportFallback(self._instance_id, name, TCP, error.message))
             return
+        if self._settings.tls is not None:
+            parts.notes.append(f"{name} carries KV pages in plaintext, beside TLS: transfer.trusted_network allows it")
         parts.exporters.append(exporter)
         parts.endpoints.append(exporter.endpoint)
         importer: Importer = new_importer(self._space)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tandem.config import HandoffConfig, TransferConfig
+from tandem.config import HandoffConfig, TlsConfig, TransferConfig
 from tandem.core.messages.transfer import (
     CancelPull,
     Export,
@@ -28,7 +28,7 @@ OUTCOMES = Schema([TransferReady, TransferLost, Exported, Revoked, PullEnded, Tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """The one argument of the transfer process, as JSON. It owns both descriptors; the shared key is only a path."""
+    """The one argument of the transfer process, as JSON. It owns both descriptors; keys are only paths."""
 
     transfer: TransferConfig
     handoff: HandoffConfig
@@ -36,6 +36,7 @@ class Launch:
     worker_host: str
     memory_fd: int
     channel_fd: int
+    tls: TlsConfig = TlsConfig()
 
     def encode(self) -> str:
         return msgspec.json.encode(self).decode()

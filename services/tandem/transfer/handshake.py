@@ -1,4 +1,4 @@
-"""What the two ends of a new KV connection say first: who is meant, who answers, and proof of a shared key."""
+"""What the two ends of a new KV connection say first: TLS, who is meant, who answers, and proof of a shared key."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def dial(address: str, instance_id: bytes, settings: TcpSettings) -> Stream:
     """Connect to one certain process. Raises OSError or TransportError."""
     stream = connect(address, settings.connect_seconds, settings.progress_seconds)
     try:
+        if settings.tls is not None:
+            stream.secure(settings.tls, is_listener=False, seconds=settings.connect_seconds)
         _greet(stream, instance_id, settings)
     except BaseException:
         stream.close()
@@ -49,6 +51,8 @@ def _greet(stream: Stream, instance_id: bytes, settings: TcpSettings) -> None:
 
 def welcome(stream: Stream, instance_id: bytes, settings: TcpSettings) -> None:
     """Greet an importer. Raises TransportError or OSError: then the connection is to be closed."""
+    if settings.tls is not None:
+        stream.secure(settings.tls, is_listener=True, seconds=settings.connect_seconds)
     hello = Hello.decode(stream.read(wire.HELLO_BYTES, settings.connect_seconds))
     nonce = os.urandom(wire.NONCE_BYTES)
     status = Status.OK if hello.instance_id == instance_id else Status.WRONG_INSTANCE

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 
 from tandem.core.messages.transfer import TransferOutcome
+from tandem.errors import ConfigError
 from tandem.ipc import Channel, ChannelClosed
 from tandem.transfer.assembly import Assembly
 from tandem.transfer.channel import COMMANDS, OUTCOMES, Launch
@@ -25,6 +26,7 @@ from tandem.transfer.pages import PageSpace
 from tandem.transfer.service import Service
 
 _PR_SET_PDEATHSIG = 1
+_CONFIG_EXIT_CODE = 2
 _BUG_EXIT_CODE = 70
 
 _log = logging.getLogger(__name__)
@@ -79,7 +81,11 @@ def main() -> None:
     os.set_inheritable(launch.memory_fd, False)
     memory = PoolMemory.attach(launch.memory_fd)
     outbox = Outbox()
-    service, first = Assembly(launch, PageSpace(memory.view, launch.layout.page_bytes), outbox.post).build()
+    try:
+        service, first = Assembly(launch, PageSpace(memory.view, launch.layout.page_bytes), outbox.post).build()
+    except ConfigError as error:  # a file that was good when the worker began; the rank tries again
+        _log.error("%s", error.message)
+        os._exit(_CONFIG_EXIT_CODE)
     for outcome in first:
         outbox.post(outcome)
     try:

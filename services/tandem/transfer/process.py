@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from tandem.config import HandoffConfig, TransferConfig
+from tandem.config import HandoffConfig, TlsConfig, TransferConfig
 from tandem.ipc import Channel
 from tandem.transfer.channel import COMMANDS, OUTCOMES, Launch
 from tandem.transfer.layout import KvLayout
@@ -29,7 +29,13 @@ class TransferProcess:
 
     @classmethod
     def spawn(
-        cls, config: TransferConfig, handoff: HandoffConfig, memory: PoolMemory, layout: KvLayout, worker_host: str
+        cls,
+        config: TransferConfig,
+        handoff: HandoffConfig,
+        memory: PoolMemory,
+        layout: KvLayout,
+        worker_host: str,
+        tls: TlsConfig | None = None,
     ) -> TransferProcess:
         """Start a process that maps `memory` and returns at once. It dies with the thread that called this.
 
@@ -40,6 +46,7 @@ class TransferProcess:
             launch = Launch(
                 transfer=config,
                 handoff=handoff,
+                tls=tls or TlsConfig(),
                 layout=layout,
                 worker_host=worker_host,
                 memory_fd=memory.fd,

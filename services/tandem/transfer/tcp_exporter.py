@@ -22,6 +22,7 @@ from tandem.transfer.grants import GrantTable
 from tandem.transfer.handshake import welcome
 from tandem.transfer.pages import Pages
 from tandem.transfer.tcp_stream import Stream, TcpSettings, join_address
+from tandem.transfer.tls import Untrusted
 from tandem.transfer.wire import Frame, Request, RequestHead, Status
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ _MAX_FRAME_SECONDS = 60.0  # slower than 70 kB/s is no importer
 _IDLE_FACTOR = 2  # the importer closes first, so that it seldom finds a dead connection in its pool
 _BACKLOG = 128
 _CLOSE_SECONDS = 5.0
+_TOLD_SECONDS = 10.0  # a stranger who tries again and again fills no log
 
 
 class TcpExporter:
@@ -44,6 +46,7 @@ class TcpExporter:
         self._idle_since: dict[Stream, float] = {}  # every connection; inf while it serves
         self._threads: set[threading.Thread] = set()
         self._is_closed = False
+        self._told_at = -_TOLD_SECONDS
         address = join_address(host, listener.getsockname()[1])
         self.endpoint = RankEndpoint(transport=TCP, address=address, instance_id=instance_id)
         self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
@@ -108,6 +111,8 @@ class TcpExporter:
                 self._mark(stream, float("inf"))
                 self._answer(stream)
                 self._mark(stream, time.monotonic())
+        except Untrusted as error:
+            self._tell(stream, error)
         except (OSError, TransportError) as error:
             _log.debug("a KV connection ended: %s", error)
         finally:
@@ -115,6 +120,13 @@ class TcpExporter:
                 del self._idle_since[stream]
                 self._threads.discard(threading.current_thread())
                 stream.close()
+
+    def _tell(self, stream: Stream, error: Untrusted) -> None:
+        with self._lock:
+            is_due = time.monotonic() - self._told_at >= _TOLD_SECONDS
+            self._told_at = time.monotonic() if is_due else self._told_at
+        if is_due:
+            _log.warning("a KV connection from %s is refused: %s", stream.peer, error.message)
 
     def _mark(self, stream: Stream, idle_since: float) -> None:
         with self._lock:

@@ -24,6 +24,8 @@ from tandem.transfer.pull_job import Part, PullJob
 from tandem.transfer.tcp_stream import PeerStuck, Stream, TcpSettings
 from tandem.transfer.wire import Frame, ProtocolError, Request, Status
 
+_STILL_MOVING = 0.75  # of the time-out: a connection that has moved within that is alive
+
 
 class Refused(TransportError):
     """The exporter does not serve what was asked for; the connection is as good as before."""
@@ -185,7 +187,8 @@ class TcpLink:
 
     def _note_stuck(self, message: str) -> None:
         """Fail what waits as well, unless another connection moves: it would only wait as long again."""
-        since = time.monotonic() - self._settings.progress_seconds
+        # A little less than the time-out: connections that stopped together are not noticed at the same moment.
+        since = time.monotonic() - self._settings.progress_seconds * _STILL_MOVING
         with self._changed:
             is_stuck = not any(stream.last_moved > since for stream in self._active.values())
         if is_stuck:

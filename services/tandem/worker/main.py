@@ -18,10 +18,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from tandem.certificates import between_pods
 from tandem.config import Config, Role
 from tandem.core.messages import handoff, requests
 from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
 from tandem.rpc.convert_worker import worker_info
+from tandem.rpc.tls import ClientTls
 from tandem.telemetry.health import Health
 from tandem.telemetry.worker import register_worker
 from tandem.worker.frontend import Frontend
@@ -90,15 +92,21 @@ class _Worker:
         self._registry = CollectorRegistry()
         self._frontend = Frontend(self._send, self._starting_info())
         self._handoff_server = HandoffServer(self._send, self._instance_id) if role == "prefill" else None
-        channels = PeerChannels(config.handoff.connect_seconds)
+        self._certificates = between_pods(config.tls)
+        tls = ClientTls.between_pods(self._certificates) if self._certificates is not None else None
+        channels = PeerChannels(config.handoff.connect_seconds, tls=tls)
         self._handoff_client = HandoffClient(self._send, channels) if role == "decode" else None
         health = Health(self._not_ready, self._fault)
-        self._servers = WorkerServers(config.server, self._registry, health, self._frontend, self._handoff_server)
+        self._servers = WorkerServers(
+            config.server, self._registry, health, self._frontend, self._handoff_server, self._certificates
+        )
         self._handlers = self._dispatch_table()
 
     async def start(self) -> None:
         """Start the rank's process, listen, not ready yet, and tell the rank who it is."""
         self._rank = await RankProcess.spawn(self._receive)  # before gRPC has threads, which a fork does not like
+        if self._certificates is not None:
+            self._certificates.start()
         await self._servers.start()
         self._frontend.start()
         self._rank.send(
@@ -126,6 +134,8 @@ class _Worker:
         await self._servers.stop(STOP_SECONDS if clean else 0)
         if self._rank is not None:
             await self._rank.close()
+        if self._certificates is not None:
+            self._certificates.close()
 
     async def _drain(self, stop: StopSignals) -> int:
         assert self._rank is not None

@@ -1,5 +1,6 @@
 """Channels to prefill workers: one an address, shared by its hand-offs, closed when idle, bounded in number.
 
+After a change of the certificates a hand-off gets a new channel; those that run keep theirs.
 A channel that cannot connect is forgotten, so that the next hand-off tries afresh instead of sitting out a backoff.
 """
 
@@ -14,7 +15,8 @@ import grpc
 from grpc import aio
 
 from tandem.errors import Unavailable
-from tandem.rpc.channels import open_channel
+from tandem.rpc.channels import open_channel, why_not_connected
+from tandem.rpc.tls import ClientTls
 
 MAX_CHANNELS = 1024
 IDLE_SECONDS = 60.0
@@ -24,6 +26,7 @@ HANDOFF_MESSAGE_BYTES = 64 << 20
 @dataclass(slots=True)
 class _Entry:
     channel: aio.Channel
+    credentials: grpc.ChannelCredentials | None = None
     users: int = 0
     closing: asyncio.TimerHandle | None = field(default=None)
 
@@ -31,9 +34,12 @@ class _Entry:
 class PeerChannels:
     """The pool. Use it in one event loop; `close` ends every channel, and with it every stream on one."""
 
-    def __init__(self, connect_seconds: float, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(
+        self, connect_seconds: float, idle_seconds: float = IDLE_SECONDS, tls: ClientTls | None = None
+    ) -> None:
         self._connect_seconds = connect_seconds
         self._idle_seconds = idle_seconds
+        self._tls = tls
         self._entries: dict[str, _Entry] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -47,7 +53,7 @@ class PeerChannels:
         try:
             try:
                 async with asyncio.timeout(self._connect_seconds):
-                    await _wait_connected(entry.channel, address)
+                    await self._wait_connected(entry.channel, address)
             except (TimeoutError, Unavailable) as error:
                 self._forget(address, entry)
                 if isinstance(error, Unavailable):
@@ -69,9 +75,16 @@ class PeerChannels:
 
     def _take(self, address: str) -> _Entry:
         entry = self._entries.get(address)
+        credentials = self._tls.credentials() if self._tls is not None else None
+        if entry is not None and entry.credentials is not credentials:
+            self._forget(address, entry)
+            if not entry.users:
+                self._dispose(entry)  # else the last user does
+            entry = None
         if entry is None:
             self._make_room()
-            entry = self._entries[address] = _Entry(open_channel(address, max_message_bytes=HANDOFF_MESSAGE_BYTES))
+            channel = open_channel(address, max_message_bytes=HANDOFF_MESSAGE_BYTES, tls=self._tls)
+            entry = self._entries[address] = _Entry(channel, credentials)
         if entry.closing is not None:
             entry.closing.cancel()
             entry.closing = None
@@ -106,19 +119,19 @@ class PeerChannels:
         if self._entries.get(address) is entry:
             del self._entries[address]
 
+    async def _wait_connected(self, channel: aio.Channel, address: str) -> None:
+        """Return once the channel is ready; raise Unavailable as soon as a try to connect has failed."""
+        state = channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.READY:
+            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                reason = await why_not_connected(channel, secure=self._tls is not None)
+                raise Unavailable(f"{address} cannot be reached" + (f": {reason}" if reason else ""))
+            await channel.wait_for_state_change(state)
+            state = channel.get_state(try_to_connect=True)
+
     def _dispose(self, entry: _Entry) -> None:
         if entry.closing is not None:
             entry.closing.cancel()
         task = asyncio.create_task(entry.channel.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-
-async def _wait_connected(channel: aio.Channel, address: str) -> None:
-    """Return once the channel is ready; raise Unavailable as soon as a try to connect has failed."""
-    state = channel.get_state(try_to_connect=True)
-    while state is not grpc.ChannelConnectivity.READY:
-        if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-            raise Unavailable(f"{address} cannot be reached")
-        await channel.wait_for_state_change(state)
-        state = channel.get_state(try_to_connect=True)

@@ -143,7 +143,9 @@ def _start_transfer(start: StartRank, engine: Engine, progress: Callable[[str], 
 
     def spawn() -> TransferProcess:
         config = start.config
-        return TransferProcess.spawn(config.transfer, config.handoff, engine.memory, engine.layout, start.worker_host)
+        return TransferProcess.spawn(
+            config.transfer, config.handoff, engine.memory, engine.layout, start.worker_host, config.tls
+        )
 
     link = TransferLink(spawn, time.monotonic, engine.device.adopt)
     deadline = time.monotonic() + START_SECONDS

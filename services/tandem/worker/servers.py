@@ -10,10 +10,12 @@ import asyncio
 
 from prometheus_client import CollectorRegistry
 
+from tandem.certificates import CertificateSource
 from tandem.config import ServerConfig
 from tandem.rpc.gen.handoff.v1.handoff_service_pb2_grpc import add_HandoffServiceServicer_to_server
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tandem.rpc.server import RpcServer
+from tandem.rpc.tls import PeerCheck, server_credentials
 from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.health import Health
 from tandem.worker.frontend import Frontend
@@ -33,7 +35,9 @@ class WorkerServers:
         health: Health,
         frontend: Frontend,
         handoffs: HandoffServer | None,
+        certificates: CertificateSource | None = None,
     ) -> None:
+        """`certificates`: only pods that have such ones are served; None: everybody, in plaintext."""
         self.address = ""
         self.handoff_address = ""
         self._config = config
@@ -41,6 +45,7 @@ class WorkerServers:
         self._health = health
         self._frontend = frontend
         self._handoffs = handoffs
+        self._certificates = certificates
         self._servers: list[RpcServer] = []
         self._exporter: Exporter | None = None
 
@@ -58,10 +63,10 @@ class WorkerServers:
             if config.handoff_port >= 0:
                 handoff_server = self._new_server()
             handoff_server.add(add_HandoffServiceServicer_to_server, self._handoffs, _HANDOFF_SERVICE)
-        self.address = self._reached_at(server.listen(config.host, config.port))
+        self.address = self._reached_at(self._listen(server, config.port))
         if self._handoffs is not None:
             apart = handoff_server is not server
-            port = handoff_server.listen(config.host, config.handoff_port) if apart else 0
+            port = self._listen(handoff_server, config.handoff_port) if apart else 0
             self.handoff_address = self._reached_at(port) if apart else self.address
         if config.metrics_port >= 0:
             host = config.metrics_host or config.host
@@ -88,9 +93,16 @@ class WorkerServers:
             await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
 
     def _new_server(self) -> RpcServer:
-        server = RpcServer(reflection=self._config.reflection)
+        admit = PeerCheck(self._certificates.files.peer_name) if self._certificates is not None else None
+        server = RpcServer(reflection=self._config.reflection, admit=admit)
         self._servers.append(server)
         return server
+
+    def _listen(self, server: RpcServer, port: int) -> int:
+        credentials = None
+        if self._certificates is not None:
+            credentials = server_credentials(self._certificates, require_client=True)
+        return server.listen(self._config.host, port, credentials)
 
     def _reached_at(self, port: int) -> str:
         host = self._config.advertise_host or self._config.host
