@@ -58,7 +58,7 @@ class Secured:
 
     def wait_logged(self, text: str, programs: tuple[Program, ...], at_least: int = 1) -> None:
         deadline = time.monotonic() + SECONDS
-        while any(program.log().count(text) < at_least for program in programs):
+        while any(program.log_path.read_text(errors="replace").count(text) < at_least for program in programs):
             assert time.monotonic() < deadline, [program.log() for program in programs]
             time.sleep(0.05)
 
