@@ -45,7 +45,7 @@ class Release:
     def revision(self) -> int:
         """Return the number of the newest revision."""
         with self._config() as helm_config:
-            return max(int(release["version"]) for release in helm_config.history(self.name))
+            return max(int(release["revision"]) for release in helm_config.history(self.name))
 
     def test(self, timeout: int = 120) -> None:
         """Run `helm test`; raises HelmError if it fails."""

@@ -122,7 +122,7 @@ def test_a_rolling_upgrade_of_everything(
             pods.wait_ready(role, 2 if role == "gateway" else 1)
         assert before.isdisjoint(pod.metadata.uid for role in ROLES for pod in pods.of(role))
         for role, loop in (("prefill", prefill), ("decode", decode)):
-            assert f'loop="{loop}"' in pods.metrics(pods.ready(role)[0])
+            assert f'loop="{loop}_{role}"' in pods.metrics(pods.ready(role)[0])
         load.wait_more(NUM_CLIENTS * 2)
         ended(line, load)
 
