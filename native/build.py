@@ -37,6 +37,7 @@ _FLAGS = {
     "isa_avx512.cpp": _AVX512,
     "isa_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "interface.cpp": (),
+    "layers.cpp": (),
     "plan.cpp": (),
     "pool.cpp": (),
     "programs.cpp": (),

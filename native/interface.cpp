@@ -3,7 +3,7 @@
 #include <cstring>
 #include <new>
 
-#include "plan.hpp"
+#include "layers.hpp"
 
 namespace {
 
@@ -47,7 +47,7 @@ extern "C" {
 #define TANDEM_EXPORT __attribute__((visibility("default")))
 
 // Raised with every change of this interface.
-TANDEM_EXPORT std::int32_t tandem_interface_version() { return 1; }
+TANDEM_EXPORT std::int32_t tandem_interface_version() { return 2; }
 
 // Whether this CPU runs the kernels of that name.
 TANDEM_EXPORT std::int32_t tandem_supports(const char* kernels) {
@@ -121,23 +121,12 @@ TANDEM_EXPORT std::int32_t tandem_linear(Runtime* runtime, const TandemLinear* l
     });
 }
 
-TANDEM_EXPORT std::int32_t tandem_rms_norm(Runtime* runtime, std::int64_t rows, std::int64_t width, float* residual,
-                                           std::int64_t residual_stride, const float* delta,
-                                           std::int64_t delta_stride, const float* weight, float epsilon,
-                                           float* outputs) {
+TANDEM_EXPORT std::int32_t tandem_rms_norm(Runtime* runtime, std::int64_t rows, std::int64_t width,
+                                           const float* residual, std::int64_t residual_stride, const float* weight,
+                                           float epsilon, float* outputs) {
     return guarded([&] {
         Program program;
-        add_rms_norm(program, *runtime,
-                     {residual, residual_stride, delta, delta_stride, weight, outputs, width, rows, width, 0, epsilon});
-        runtime->pool.run(program);
-    });
-}
-
-TANDEM_EXPORT std::int32_t tandem_gated_silu(Runtime* runtime, std::int64_t rows, std::int64_t width,
-                                             const float* inputs, std::int64_t input_stride, float* outputs) {
-    return guarded([&] {
-        Program program;
-        add_gated_silu(program, *runtime, {inputs, input_stride, outputs, width, rows, width, 0});
+        add_rms_norm(program, *runtime, {residual, residual_stride, weight, outputs, width, rows, width, 0, epsilon});
         runtime->pool.run(program);
     });
 }
@@ -218,6 +207,33 @@ TANDEM_EXPORT std::int32_t tandem_attend(Plan* plan, std::int64_t layer, std::in
         Program program;
         plan->add_attend(program, layer, window, queries, outputs);
         plan->runtime().pool.run(program);
+    });
+}
+
+// One decoder layer; pointers stay the caller's. Norms of heads may be null. `window` 0: all positions.
+struct TandemLayer {
+    const float* input_norm;
+    const float* query_norm;
+    const float* key_norm;
+    const float* middle_norm;
+    TandemLinear qkv, output, gate_up, down;
+    std::int64_t window;
+    float epsilon;
+    float head_epsilon;
+};
+
+// All layers of a plan in one parallel region; adds to `residual` [tokens, hidden].
+TANDEM_EXPORT std::int32_t tandem_layers(Plan* plan, const TandemLayer* layers, std::int64_t num_layers,
+                                         std::int64_t hidden, float* residual) {
+    return guarded([&] {
+        LayerStack stack(*plan, hidden, residual);
+        for (std::int64_t i = 0; i < num_layers; ++i) {
+            const TandemLayer& layer = layers[i];
+            stack.add({i, layer.input_norm, {layer.query_norm, layer.key_norm, layer.head_epsilon}, layer.middle_norm,
+                       packed_linear(layer.qkv), packed_linear(layer.output), packed_linear(layer.gate_up),
+                       packed_linear(layer.down), layer.window, layer.epsilon});
+        }
+        stack.run();
     });
 }
 

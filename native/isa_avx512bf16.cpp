@@ -28,6 +28,6 @@ void linear(const tandem::LinearTask& task, std::int64_t number, float* scratch)
 
 const tandem::Kernels tandem::kKernelsAvx512Bf16 = {
     "avx512bf16", kStripRows,    true,            96,         pack_panel,          unpack_panel, strip_of_inputs,
-    linear,       rms_norm_rows, gated_silu_rows, embed_rows, rope_and_store_rows, attend_tile,  merge_tile,
+    linear,       rms_norm_rows, embed_rows, rope_and_store_rows, attend_tile,  merge_tile,
     read_memory,  multiply,
 };

@@ -61,23 +61,13 @@ struct LinearTask {
 };
 
 struct NormTask {
-    float* residual;
+    const float* residual;
     std::int64_t residual_stride;
-    const float* delta;  // or null
-    std::int64_t delta_stride;
     const float* weight;
     float* outputs;
     std::int64_t output_stride;
     std::int64_t rows, width, rows_per_task;
     float epsilon;
-};
-
-struct SiluTask {
-    const float* inputs;  // [rows, 2 * width]
-    std::int64_t input_stride;
-    float* outputs;
-    std::int64_t output_stride;
-    std::int64_t rows, width, rows_per_task;
 };
 
 struct EmbeddingTask {
@@ -164,7 +154,6 @@ struct Kernels {
     void (*strip)(const StripTask&, std::int64_t strip);
     void (*linear)(const LinearTask&, std::int64_t task, float* scratch);
     void (*rms_norm)(const NormTask&, std::int64_t task);
-    void (*gated_silu)(const SiluTask&, std::int64_t task);
     void (*embedding)(const EmbeddingTask&, std::int64_t task);
     void (*rope_and_store)(const RopeTask&, std::int64_t task, float* scratch);
     void (*attend)(const AttendTask&, std::int64_t task, float* scratch);

@@ -24,7 +24,6 @@ std::int64_t packed_bytes(const PackedShape& shape);
 void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, std::int64_t rows, Matrix inputs,
                 Matrix outputs, bool add_to_outputs);
 void add_rms_norm(Program& program, Runtime& runtime, NormTask task);
-void add_gated_silu(Program& program, Runtime& runtime, SiluTask task);
 void add_embedding(Program& program, Runtime& runtime, EmbeddingTask task);
 
 // Rows of one task, so that its work is worth handing out.

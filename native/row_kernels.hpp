@@ -43,29 +43,9 @@ void rms_norm_rows(const NormTask& task, std::int64_t number) {
     const std::int64_t first = number * task.rows_per_task;
     const std::int64_t last = least_of(task.rows, first + task.rows_per_task);
     for (std::int64_t row = first; row < last; ++row) {
-        float* residual = task.residual + row * task.residual_stride;
-        if (task.delta != nullptr) {
-            const float* delta = task.delta + row * task.delta_stride;
-            for (std::int64_t i = 0; i < task.width; i += kLanes) {
-                const std::int64_t count = task.width - i;
-                store_up_to(residual + i, load_up_to(residual + i, count) + load_up_to(delta + i, count), count);
-            }
-        }
+        const float* residual = task.residual + row * task.residual_stride;
         const float scale = root_scale(sum_of_squares(residual, task.width), task.width, task.epsilon);
         scale_row(residual, scale, task.weight, task.outputs + row * task.output_stride, task.width);
-    }
-}
-
-void gated_silu_rows(const SiluTask& task, std::int64_t number) {
-    const std::int64_t first = number * task.rows_per_task;
-    const std::int64_t last = least_of(task.rows, first + task.rows_per_task);
-    for (std::int64_t row = first; row < last; ++row) {
-        const float* gate = task.inputs + row * task.input_stride;
-        for (std::int64_t i = 0; i < task.width; i += kLanes) {
-            const std::int64_t count = task.width - i;
-            const Lanes up = load_up_to(gate + task.width + i, count);
-            store_up_to(task.outputs + row * task.output_stride + i, silu(load_up_to(gate + i, count)) * up, count);
-        }
     }
 }
 

@@ -39,11 +39,12 @@ public:
     ThreadPool pool;
     Buffer strips;    // inputs of the linear that runs
     Buffer partials;  // of the attention that runs
+    Buffer activations;  // of the layers that run
 
     // Scratch of one thread; call `need_scratch` with the floats before a program runs.
     float* scratch(int thread) const { return scratch_.floats() + thread * scratch_floats_; }
     void need_scratch(std::int64_t floats);
-    std::int64_t workspace_bytes() const { return strips.bytes() + partials.bytes() + scratch_.bytes(); }
+    std::int64_t workspace_bytes() const { return strips.bytes() + partials.bytes() + activations.bytes() + scratch_.bytes(); }
 
 private:
     Buffer scratch_;

@@ -65,44 +65,32 @@ def test_linear(
 def test_gated_linear(
     kernels: str, rows: int, depth: int, outputs: int, dtype: torch.dtype, biased: bool, seed: int
 ) -> None:
-    """Fused, it gives the very bits of the linear followed by the activation."""
+    """The activation of the very bits that the two linears give."""
     random = generator(seed)
     cpu = operators(kernels, 1 + seed % 3)
     inputs = torch.randn(rows, depth, generator=random)
     weights = [torch.randn(outputs, depth, generator=random).to(dtype) for _ in range(2)]
     biases = [torch.randn(outputs, generator=random) if biased else None for _ in range(2)]
     fused = cpu.gated_linear(weights, biases)
-    assert torch.equal(fused(inputs), cpu.gated_silu(cpu.linear(weights, biases)(inputs)))
+    gate, up = cpu.linear(weights, biases)(inputs).double().chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up).float()
+    # The exponential is within 2 units in the last place; where it leaves float32's range the result is below 1e-30.
+    assert ((fused(inputs) - expected).abs() <= 12 * UNIT * expected.abs() + 1e-30 * inputs.abs().max()).all()
     for plain, given_weight in zip(fused.plain_weights(), weights, strict=True):
         assert torch.equal(plain, given_weight)
 
 
 @every_kernel
-@given(st.integers(1, 300), st.integers(1, 500), st.booleans(), SEEDS)
+@given(st.integers(1, 300), st.integers(1, 500), SEEDS)
 @QUICK
-def test_rms_norm(kernels: str, rows: int, width: int, with_delta: bool, seed: int) -> None:
+def test_rms_norm(kernels: str, rows: int, width: int, seed: int) -> None:
     random = generator(seed)
     cpu = operators(kernels, 1 + seed % 3)
     residual = torch.randn(rows, width, generator=random) * 10.0 ** (seed % 5 - 2)
-    delta = torch.randn(rows, width, generator=random) if with_delta else None
     weight = torch.randn(width, generator=random)
-    sums = [residual.clone(), residual.clone()]
-    result = cpu.rms_norm(sums[0], delta, weight, 1e-6)
-    expected = REFERENCE.rms_norm(sums[1], delta, weight, 1e-6)
-    assert torch.equal(*sums)
+    result = cpu.rms_norm(residual, weight, 1e-6)
+    expected = REFERENCE.rms_norm(residual, weight, 1e-6)
     assert ((result - expected).abs() <= (2 * width + 16) * UNIT * expected.abs()).all()
-
-
-@every_kernel
-@given(st.integers(1, 300), st.integers(1, 300), SEEDS)
-@QUICK
-def test_gated_silu(kernels: str, rows: int, width: int, seed: int) -> None:
-    random = generator(seed)
-    inputs = torch.randn(rows, 2 * width, generator=random) * 10.0 ** (seed % 4 - 1)
-    result = operators(kernels, 1 + seed % 3).gated_silu(inputs)
-    expected = REFERENCE.gated_silu(inputs.double()).float()
-    # The exponential is within 2 units in the last place; where it leaves float32's range the result is below 1e-30.
-    assert ((result - expected).abs() <= 12 * UNIT * expected.abs() + 1e-30 * inputs.abs().max()).all()
 
 
 @every_kernel
@@ -111,13 +99,12 @@ def test_gated_silu(kernels: str, rows: int, width: int, seed: int) -> None:
 def test_embedding(kernels: str, dtype: torch.dtype, tied: bool) -> None:
     cpu = operators(kernels, 2)
     table = torch.randn(83, 37, generator=generator(1)).to(dtype)
-    if tied:
-        cpu.linear((table,), (None,))
+    embedding = cpu.tied_embedding(table)[0] if tied else cpu.embedding(table)
     token_ids = torch.randint(0, 83, (211,), generator=generator(2))
-    assert torch.equal(cpu.embedding(table, token_ids), REFERENCE.embedding(table, token_ids))
+    assert torch.equal(embedding(token_ids), REFERENCE.embedding(table)(token_ids))
     for wrong in (-1, 83):
         with pytest.raises(IndexError):
-            cpu.embedding(table, torch.tensor([0, wrong]))
+            embedding(torch.tensor([0, wrong]))
 
 
 @every_kernel
@@ -140,7 +127,7 @@ def test_no_rows(kernels: str) -> None:
     cpu = operators(kernels, 2)
     linear = cpu.linear((torch.ones(5, 4),), (None,))
     assert linear(torch.empty(0, 4)).shape == (0, 5)
-    assert cpu.rms_norm(torch.empty(0, 4), None, torch.ones(4), 1e-6).shape == (0, 4)
+    assert cpu.rms_norm(torch.empty(0, 4), torch.ones(4), 1e-6).shape == (0, 4)
 
 
 @every_kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +13,8 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.rope import RopeSpec
 from tandem.engine.models.spec import DecoderSpec
 from tandem.engine.models.tensors import expected_tensors
+from tandem.engine.ops.composed import ComposedLayers
+from tandem.engine.ops.contract import LayerParts, LayerStack
 from tandem.engine.ops.cpu import CpuOperators
 from tests.engine.ops_cpu_cases import every_kernel, generator, operators, plan
 
@@ -45,11 +48,10 @@ def test_row_operators(kernels: str) -> None:
     inputs = torch.randn(300, 222, generator=generator(2))
     weight = torch.randn(222, generator=generator(3))
     cpu, alone = operators(kernels, 3), operators(kernels)
-    silu, norm = cpu.gated_silu(inputs), cpu.rms_norm(inputs.clone(), inputs, weight, 1e-5)
+    norm = cpu.rms_norm(inputs, weight, 1e-5)
     for row in range(0, 300, 7):
         one = inputs[row : row + 1]
-        assert torch.equal(alone.gated_silu(one), silu[row : row + 1])
-        assert torch.equal(alone.rms_norm(one.clone(), one, weight, 1e-5), norm[row : row + 1])
+        assert torch.equal(alone.rms_norm(one, weight, 1e-5), norm[row : row + 1])
 
 
 def make_decoder(cpu: CpuOperators, dtype: torch.dtype) -> Decoder:
@@ -140,6 +142,26 @@ def test_requests(kernels: str, dtype: torch.dtype) -> None:
             assert torch.equal(torch.cat(request.logits), expected), (seed, num_threads)
     assert expected is not None
     assert expected.isfinite().all()
+
+
+class OneByOne(CpuOperators):
+    """The operators one after another, each a region of its own."""
+
+    def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
+        return ComposedLayers(self, parts, epsilon)
+
+
+@every_kernel
+def test_layers_in_one_region_are_the_operators_one_by_one(kernels: str) -> None:
+    tokens = [random.Random(7).randrange(VOCABULARY) for _ in range(400)]
+    results = []
+    for cpu in (operators(kernels, 3), OneByOne(kernels, 2)):
+        with torch.inference_mode():
+            batches = Batches(make_decoder(cpu, torch.bfloat16), torch.bfloat16, 8)
+            requests = [batches.request(tokens), batches.request(tokens[:90])]
+            batches.compute(requests, chunk_max=170)
+        results.append(torch.cat(requests[0].logits))
+    assert torch.equal(*results)
 
 
 def test_wider_registers_give_the_same_bits() -> None:

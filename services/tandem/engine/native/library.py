@@ -10,7 +10,7 @@ import platform
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 LIBRARY_PATH = Path(__file__).parent / "libtandem_operators.so"
 NOTE_PATH = Path(__file__).parent / "not_built.txt"  # written by setup.py instead of the library
 FLOAT32, BFLOAT16 = 0, 1
@@ -56,6 +56,24 @@ class PlanFields(Structure):
     ]
 
 
+class LayerFields(Structure):
+    """`TandemLayer` of native/interface.cpp."""
+
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("middle_norm", c_void_p),
+        ("qkv", LinearFields),
+        ("output", LinearFields),
+        ("gate_up", LinearFields),
+        ("down", LinearFields),
+        ("window", c_int64),
+        ("epsilon", c_float),
+        ("head_epsilon", c_float),
+    ]
+
+
 _LINEAR, _PLAN = POINTER(LinearFields), POINTER(PlanFields)
 _FUNCTIONS = {
     "tandem_supports": (c_int32, [c_char_p]),
@@ -70,9 +88,8 @@ _FUNCTIONS = {
     "tandem_linear": (c_int32, [c_void_p, _LINEAR, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32]),
     "tandem_rms_norm": (
         c_int32,
-        [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p],
+        [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p],
     ),
-    "tandem_gated_silu": (c_int32, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p]),
     "tandem_embedding": (
         c_int32,
         [c_void_p, c_void_p, c_int32, _LINEAR, c_int64, c_int64, c_int64, c_void_p, c_void_p],
@@ -84,6 +101,7 @@ _FUNCTIONS = {
         [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_float, c_void_p],
     ),
     "tandem_attend": (c_int32, [c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+    "tandem_layers": (c_int32, [c_void_p, POINTER(LayerFields), c_int64, c_int64, c_void_p]),
     "tandem_read_rate": (c_double, [c_void_p, c_void_p, c_int64]),
     "tandem_multiply_rate": (c_double, [c_void_p, c_int64, c_int32]),
 }

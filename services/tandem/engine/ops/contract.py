@@ -65,6 +65,31 @@ class Linear(Protocol):
         """[N, inputs] activations -> [N, sum of outputs] activations."""
         ...
 
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add the result for `inputs` [N, inputs] to `residual` [N, outputs] float32, in place."""
+        ...
+
+
+class Embedding(Protocol):
+    """A prepared table of token vectors."""
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[N] int64 -> [N, H] float32, the residual stream. Raises IndexError for an id outside of the table."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """One decoder layer, its linears prepared by the operator set that runs it. Norm weights [H] float32."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    head_norms: HeadNorms | None
+    output: Linear
+    middle_norm: torch.Tensor
+    gate_up: Linear  # gated
+    down: Linear
+
 
 class AttentionStep(Protocol):
     """The pool as one plan sees it. Layers are called in order; each stores before it attends."""
@@ -79,6 +104,14 @@ class AttentionStep(Protocol):
 
     def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Causal attention of every row over its pages, extend and decode rows alike. [N, Q, D] -> [N, Q * D]."""
+        ...
+
+
+class LayerStack(Protocol):
+    """Decoder layers, prepared to run one after another."""
+
+    def __call__(self, step: AttentionStep, residual: torch.Tensor) -> None:
+        """Take a plan through the layers: reads and adds to `residual` [N, H] float32, stores into the pool."""
         ...
 
 
@@ -98,18 +131,25 @@ class Operators(Protocol):
         """Prepare a linear once. Weights [outputs, inputs], biases [outputs] or None; they may be kept."""
         ...
 
-    def embedding(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """[vocabulary, H], [N] int64 -> [N, H] float32, the residual stream."""
+    def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
+        """Prepare silu(inputs * gate) * (inputs * up) of two weights [outputs, inputs] as one linear of `outputs`."""
         ...
 
-    def rms_norm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
-    ) -> torch.Tensor:
-        """Add `delta` [N, H] to `residual` [N, H] float32 in place, and norm the sum. -> [N, H] activations."""
+    def embedding(self, table: torch.Tensor) -> Embedding:
+        """Prepare a table [vocabulary, H]; it may be kept."""
         ...
 
-    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half. [N, 2 * intermediate] -> [N, intermediate] activations."""
+    def tied_embedding(self, table: torch.Tensor) -> tuple[Embedding, Linear]:
+        """Prepare a table [vocabulary, H] that is the output head's weight as well, in memory once."""
+        ...
+
+    def rms_norm(self, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """[N, H] float32, weight [H] float32 -> [N, H] activations."""
+        ...
+
+    def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
+        """Prepare layers, the first of which is layer 0 of the pool; `epsilon` of their norms. The same bits as the
+        operators one by one (`composed.ComposedLayers`)."""
         ...
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:

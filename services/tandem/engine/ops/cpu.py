@@ -12,8 +12,17 @@ import torch
 
 from tandem.engine.native.library import BFLOAT16, FLOAT32, LinearFields, NativeUnavailable, load_library
 from tandem.engine.native.memory import NativePages, RecycledTensors
-from tandem.engine.ops.contract import AttentionShape, AttentionStep, Linear, TokenBatch
+from tandem.engine.ops.contract import (
+    AttentionShape,
+    AttentionStep,
+    Embedding,
+    LayerParts,
+    LayerStack,
+    Linear,
+    TokenBatch,
+)
 from tandem.engine.ops.cpu_attention import CpuAttention
+from tandem.engine.ops.cpu_layers import CpuLayers
 
 VERSION = 1  # of the arithmetic: raised with every change of an operation's order or rounding
 KERNELS = ("avx512bf16", "avx512", "avx2")  # best first
@@ -63,7 +72,6 @@ class CpuOperators:
         if kernels == "auto" and not supported:
             raise NativeUnavailable("this CPU has no AVX2 and FMA")
         self._runtime = CpuRuntime(library, supported[0] if kernels == "auto" else kernels, num_threads)
-        self._tables: dict[int, tuple[torch.Tensor, CpuLinear]] = {}
 
     @property
     def name(self) -> str:
@@ -79,41 +87,20 @@ class CpuOperators:
         return self._runtime.workspace_bytes
 
     def linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> CpuLinear:
-        packed = CpuLinear(self._runtime, weights, biases, gated=False)
-        if len(weights) == 1:
-            self._tables[weights[0].data_ptr()] = (weights[0], packed)  # it may be the embedding as well
-        return packed
+        return CpuLinear(self._runtime, weights, biases, gated=False)
 
     def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> CpuLinear:
-        """Prepare silu(inputs * gate) * (inputs * up) of two weights [outputs, inputs] as one linear of `outputs`."""
         return CpuLinear(self._runtime, weights, biases, gated=True)
 
-    def embedding(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """See the contract. A table that is a linear's only weight is read from the packed weight."""
-        rows, width = token_ids.shape[0], table.shape[1]
-        outputs = self._runtime.tensors.empty(rows, width)
-        known = self._tables.get(table.data_ptr())
-        packed = ctypes.byref(known[1].fields) if known is not None and known[0].shape == table.shape else None
-        ids = token_ids.contiguous()
-        status = self._runtime.library.tandem_embedding(
-            self._runtime.handle,
-            table.data_ptr(),
-            _ELEMENTS[table.dtype],
-            packed,
-            table.shape[0],
-            width,
-            rows,
-            ids.data_ptr(),
-            outputs.data_ptr(),
-        )
-        if status == 2:
-            raise IndexError(f"a token id is not in [0, {table.shape[0]})")
-        check(status)
-        return outputs
+    def embedding(self, table: torch.Tensor) -> Embedding:
+        return CpuEmbedding(self._runtime, table, None)
 
-    def rms_norm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
-    ) -> torch.Tensor:
+    def tied_embedding(self, table: torch.Tensor) -> tuple[Embedding, Linear]:
+        """See the contract: vectors are read out of the packed weight, the plain table is not kept."""
+        packed = self.linear((table,), (None,))
+        return CpuEmbedding(self._runtime, table, packed), packed
+
+    def rms_norm(self, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         rows, width = residual.shape
         outputs = self._runtime.tensors.empty(rows, width)
         check(
@@ -123,8 +110,6 @@ class CpuOperators:
                 width,
                 residual.data_ptr(),
                 residual.stride(0),
-                None if delta is None else delta.data_ptr(),
-                0 if delta is None else delta.stride(0),
                 weight.data_ptr(),
                 epsilon,
                 outputs.data_ptr(),
@@ -132,15 +117,8 @@ class CpuOperators:
         )
         return outputs
 
-    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        outputs = self._runtime.tensors.empty(rows, width)
-        check(
-            self._runtime.library.tandem_gated_silu(
-                self._runtime.handle, rows, width, gate_up.data_ptr(), gate_up.stride(0), outputs.data_ptr()
-            )
-        )
-        return outputs
+    def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
+        return CpuLayers(self._runtime.library, parts, epsilon)
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:
         return head(hidden)
@@ -238,6 +216,36 @@ class CpuLinear:
         columns = torch.stack(parts) if gated else torch.cat(parts)[None]
         padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16))
         return padded.view(len(columns), -1, 16).transpose(0, 1).contiguous()
+
+
+class CpuEmbedding:
+    """A table of token vectors, plain or inside of a packed linear; see `contract.Embedding`."""
+
+    def __init__(self, runtime: CpuRuntime, table: torch.Tensor, packed: CpuLinear | None) -> None:
+        self._runtime = runtime
+        self._vocabulary, self._width = table.shape
+        self._element = _ELEMENTS[table.dtype]
+        self._table = table.contiguous() if packed is None else None
+        self._packed = packed
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        outputs = self._runtime.tensors.empty(token_ids.shape[0], self._width)
+        ids = token_ids.contiguous()
+        status = self._runtime.library.tandem_embedding(
+            self._runtime.handle,
+            None if self._table is None else self._table.data_ptr(),
+            self._element,
+            None if self._packed is None else ctypes.byref(self._packed.fields),
+            self._vocabulary,
+            self._width,
+            len(ids),
+            ids.data_ptr(),
+            outputs.data_ptr(),
+        )
+        if status == 2:
+            raise IndexError(f"a token id is not in [0, {self._vocabulary})")
+        check(status)
+        return outputs
 
 
 def check(status: int) -> None:

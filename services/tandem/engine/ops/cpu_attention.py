@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from tandem.engine.native.library import BFLOAT16, FLOAT32, PlanFields
+from tandem.engine.native.library import BFLOAT16, FLOAT32, LayerFields, PlanFields
 from tandem.engine.native.memory import RecycledTensors
 from tandem.engine.ops.contract import AttentionShape, HeadNorms, TokenBatch
 
@@ -34,7 +34,7 @@ class CpuAttention:
         assert head_dim % 2 == 0 and head_dim <= HEAD_DIM_MAX and shape.num_heads % kv_heads == 0
         self._runtime = runtime
         self._pool = pool
-        self._shape = shape
+        self.shape = shape
         self._num_tokens = batch.num_tokens
         arrays = [
             np.ascontiguousarray(values, dtype=np.int64)
@@ -64,7 +64,7 @@ class CpuAttention:
             self._runtime.library.tandem_end(self._plan)
 
     def rope_and_store(self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None) -> torch.Tensor:
-        shape = self._shape
+        shape = self.shape
         queries = self._runtime.tensors.empty(self._num_tokens, shape.num_heads * shape.head_dim)
         status = self._runtime.library.tandem_rope_and_store(
             self._plan,
@@ -82,10 +82,16 @@ class CpuAttention:
     def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         queries = queries.contiguous()
         outputs = self._runtime.tensors.empty(self._num_tokens, queries.shape[1] * queries.shape[2])
-        window = self._shape.windows[layer] or 0
+        window = self.shape.windows[layer] or 0
         status = self._runtime.library.tandem_attend(self._plan, layer, window, queries.data_ptr(), outputs.data_ptr())
         _check(status)
         return outputs
+
+    def run_layers(self, layers: ctypes.Array[LayerFields], residual: torch.Tensor) -> None:
+        """Take the plan through all `layers`; adds to `residual` [N, H] float32."""
+        _check(
+            self._runtime.library.tandem_layers(self._plan, layers, len(layers), residual.shape[1], residual.data_ptr())
+        )
 
 
 def _check(status: int) -> None:

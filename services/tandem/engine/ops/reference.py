@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as functional
 
-from tandem.engine.ops.contract import AttentionShape, AttentionStep, Linear, TokenBatch
+from tandem.engine.ops.composed import ComposedLayers
+from tandem.engine.ops.contract import (
+    AttentionShape,
+    AttentionStep,
+    Embedding,
+    LayerParts,
+    LayerStack,
+    Linear,
+    TokenBatch,
+)
 from tandem.engine.ops.reference_attention import ReferenceAttention
 
 _BLOCK_ELEMENTS = 1 << 20  # of a weight, widened at a time: 4 MB of float32; measured best for 1 to 1024 tokens
@@ -35,19 +44,20 @@ class ReferenceOperators:
         cast = tuple(None if bias is None else bias.to(self._activation_dtype) for bias in biases)
         return WideningLinear(tuple(weights), cast) if narrow else PlainLinear(tuple(weights), cast)
 
-    def embedding(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(token_ids, table).float()
+    def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
+        return GatedLinear(self.linear(weights, biases))
 
-    def rms_norm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
-    ) -> torch.Tensor:
-        if delta is not None:
-            residual += delta
+    def embedding(self, table: torch.Tensor) -> Embedding:
+        return lambda token_ids: functional.embedding(token_ids, table).float()
+
+    def tied_embedding(self, table: torch.Tensor) -> tuple[Embedding, Linear]:
+        return self.embedding(table), self.linear((table,), (None,))
+
+    def rms_norm(self, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         return functional.rms_norm(residual, weight.shape, weight, epsilon).to(self._activation_dtype)
 
-    def gated_silu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+    def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
+        return ComposedLayers(self, parts, epsilon)
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:
         return head(hidden).float()
@@ -65,6 +75,9 @@ class PlainLinear:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs = [functional.linear(inputs, weight, bias) for weight, bias in self._parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        residual += self(inputs)
 
 
 class WideningLinear:
@@ -85,6 +98,9 @@ class WideningLinear:
             first += weight.shape[0]
         return result
 
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        residual += self(inputs)
+
     @staticmethod
     def _multiply(inputs: torch.Tensor, weight: torch.Tensor, outputs: torch.Tensor) -> None:
         rows = max(16, _BLOCK_ELEMENTS // weight.shape[1])
@@ -94,3 +110,17 @@ class WideningLinear:
             wide = widened[: block.shape[0]]
             wide.copy_(block)
             torch.mm(inputs, wide.t(), out=outputs[:, start : start + rows])
+
+
+class GatedLinear:
+    """silu(first half) * second half of a linear's outputs."""
+
+    def __init__(self, gate_up: Linear) -> None:
+        self._gate_up = gate_up
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        gate, up = self._gate_up(inputs).chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        residual += self(inputs)

@@ -1,0 +1,62 @@
+"""Decoder layers by the C++ operators: all of a plan's layers are one call and one parallel region."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from tandem.engine.native.library import LayerFields, LinearFields
+from tandem.engine.ops.contract import AttentionShape, AttentionStep, LayerParts
+from tandem.engine.ops.cpu_attention import CpuAttention
+
+
+class PackedLinear(Protocol):
+    """What is needed of `cpu.CpuLinear`."""
+
+    fields: LinearFields
+
+
+class CpuLayers:
+    """See `contract.LayerStack`. Holds the layers' weights."""
+
+    def __init__(self, library: ctypes.CDLL, parts: Sequence[LayerParts], epsilon: float) -> None:
+        self._library = library
+        self._parts = tuple(parts)  # the fields below point into their memory
+        self._fields = (LayerFields * len(self._parts))()
+        for fields, part in zip(self._fields, self._parts, strict=True):
+            _fill(fields, part, epsilon)
+        self._shape: AttentionShape | None = None  # whose windows the fields have
+
+    def __call__(self, step: AttentionStep, residual: torch.Tensor) -> None:
+        assert isinstance(step, CpuAttention), "a plan of another operator set"
+        assert residual.is_contiguous() and residual.dtype == torch.float32
+        if step.shape is not self._shape:
+            for fields, window in zip(self._fields, step.shape.windows, strict=True):
+                fields.window = window or 0
+            self._shape = step.shape
+        step.run_layers(self._fields, residual)
+
+
+def _fill(fields: LayerFields, part: LayerParts, epsilon: float) -> None:
+    fields.input_norm = _floats(part.input_norm)
+    fields.middle_norm = _floats(part.middle_norm)
+    fields.epsilon = epsilon
+    if part.head_norms is not None:
+        fields.query_norm = _floats(part.head_norms.query)
+        fields.key_norm = _floats(part.head_norms.key)
+        fields.head_epsilon = part.head_norms.epsilon
+    for name in ("qkv", "output", "gate_up", "down"):
+        setattr(fields, name, _packed(getattr(part, name)).fields)
+
+
+def _packed(linear: PackedLinear) -> PackedLinear:
+    assert isinstance(linear.fields, LinearFields), "a linear of another operator set"
+    return linear
+
+
+def _floats(weight: torch.Tensor) -> int:
+    assert weight.dtype == torch.float32 and weight.is_contiguous()
+    return weight.data_ptr()
