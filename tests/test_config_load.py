@@ -167,3 +167,10 @@ def test_names_point_to_settings() -> None:
     assert set(SHORT_FLAGS.values()) <= set(SETTINGS)
     sections = {setting.section for setting in SETTINGS.values()}
     assert all(set(names) <= sections for names in PROGRAM_SECTIONS.values())
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4317", "ftp://a:1", "http://collector", "http://:4317", "http://a:b"])
+def test_a_collector_needs_scheme_host_and_port(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match=r"telemetry\.otlp_endpoint: .* is not http://host:port"):
+        load("decode", ["--telemetry.otlp-endpoint", endpoint], {})
+    assert load("decode", ["--telemetry.otlp-endpoint", "http://a:1"], {}).telemetry.otlp_endpoint == "http://a:1"

@@ -78,7 +78,11 @@ NEVER = {
     "gateway": {"torch", "transformers"},
     "cli": {"torch", "transformers"},
 }
-ONLY_IN = {"mooncake": {"transfer/mooncake.py"}, "kubernetes": {"gateway/discovery.py"}}
+ONLY_IN = {
+    "mooncake": {"transfer/mooncake.py"},
+    "kubernetes": {"gateway/discovery.py"},
+    "opentelemetry": {"telemetry/otlp.py"},
+}
 
 
 def modules() -> list[Path]:

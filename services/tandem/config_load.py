@@ -216,6 +216,9 @@ def _check_together(program: Program, config: Config) -> list[str]:
     if program == "gateway":
         faults += _check_discovery(config)
     faults += _check_tls(config.tls)
+    endpoint = config.telemetry.otlp_endpoint
+    if endpoint and not _is_endpoint(endpoint):
+        faults.append(f"telemetry.otlp_endpoint: {endpoint!r} is not http://host:port or https://host:port")
     if program in ("prefill", "decode") and config.server.host in _WILDCARDS and not config.server.advertise_host:
         faults.append(f"server.advertise_host: say where others reach this worker; server.host is {config.server.host}")
     return faults
@@ -247,6 +250,11 @@ def _check_tls(tls: TlsConfig) -> list[str]:
     if any(peer) and not all(peer):
         faults.append("tls.peer_certificate_file, tls.peer_key_file, tls.peer_ca_file: all three or none")
     return faults
+
+
+def _is_endpoint(text: str) -> bool:
+    scheme, separator, address = text.partition("://")
+    return scheme in ("http", "https") and bool(separator) and _is_address(address)
 
 
 def _is_address(text: str) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
+
 from tandem.core import token_ids
 from tandem.core.messages.requests import Ended, EndReason, Submit, Timing, Tokens
 from tandem.core.messages.sampling import TokenLogprob
@@ -116,11 +118,11 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
     def inflight(self) -> int:
         return sum(len(session.running) for session in self.sessions)
 
-    async def start(self, port: int = 0) -> str:
+    async def start(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> str:
         self._draining = False
         self._server = RpcServer()
         self._server.add(worker_grpc.add_WorkerServiceServicer_to_server, self, "tandem.worker.v1.WorkerService")
-        self.address = f"127.0.0.1:{self._server.listen('127.0.0.1', port)}"
+        self.address = f"127.0.0.1:{self._server.listen('127.0.0.1', port, credentials)}"
         await self._server.start()
         await self._server.set_ready(True)
         return self.address

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
+from tandem.certificates import between_pods
 from tandem.core import token_ids
 from tandem.core.messages.requests import EndReason, Submit, Tokens
 from tandem.core.messages.sampling import SamplingParams
@@ -18,6 +20,8 @@ from tandem.rpc import convert, session_client
 from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb2
 from tandem.rpc.sequence_stream import SequenceStream
 from tandem.rpc.session_client import SessionClient
+from tandem.rpc.tls import ClientTls, server_credentials
+from tests.certificates import PEER_NAME, Authority
 from tests.fakes.worker import FakeWorker, hashed_token
 
 Scenario = Callable[[FakeWorker, SessionClient], Awaitable[None]]
@@ -235,3 +239,66 @@ def test_what_arrived_before_a_session_broke_stays() -> None:
     stream.put(Tokens(1, 0, (5, 6)))
     stream.fail(PeerLost("gone"))
     assert [tokens.token_ids for tokens in stream.take()] == [(5, 6)]
+
+
+# ---- TLS ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_comes_back_with_the_certificates_of_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The authority changes while the worker is away; what the session began with would be refused now."""
+
+    async def main() -> None:
+        tls = Authority(tmp_path / "old").pod()
+        source = between_pods(tls)
+        assert source is not None
+        worker = FakeWorker()
+        address = await worker.start(credentials=server_credentials(source, require_client=True))
+        client = SessionClient(
+            address,
+            gateway_id="g",
+            on_change=lambda: None,
+            jitter=lambda: 0.1,
+            tls=ClientTls.between_pods(source),
+        )
+        client.start()
+        await connected(client)
+        await worker.kill()
+        await until(lambda: client.info is None)
+        successor = Authority(tmp_path / "new")
+        chain, key = successor.issue(PEER_NAME)
+        for path, data in (
+            (tls.peer_certificate_file, chain),
+            (tls.peer_key_file, key),
+            (tls.peer_ca_file, successor.ca),
+        ):
+            Path(path).write_bytes(data)
+        source.look()
+        port = int(address.rpartition(":")[2])
+        await worker.start(port, server_credentials(source, require_client=True))
+        await connected(client)
+        await client.close()
+        await worker.kill()
+
+    uvloop.run(main())
+
+
+def test_why_there_is_no_session_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.rpc.session_client.CONNECT_SECONDS", 0.2)
+
+    async def main() -> None:
+        source = between_pods(Authority(tmp_path).pod())
+        assert source is not None
+        worker = FakeWorker()
+        address = await worker.start(credentials=server_credentials(source, require_client=True))
+        client = SessionClient(address, gateway_id="g", on_change=lambda: None)
+        client.start()
+        await asyncio.sleep(1.5)
+        await client.close()
+        await worker.kill()
+
+    uvloop.run(main())
+    told = [message for message in caplog.messages if "no session with worker" in message]
+    assert len(told) == 1
+    assert told[0].endswith("it closes the connection: it may want TLS")

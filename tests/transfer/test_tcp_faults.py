@@ -75,7 +75,7 @@ def test_a_flipped_byte_is_found_in_its_page_and_nowhere_else(
     importer: Peer, shared: Shared, proxy: FaultProxy, plane: str
 ) -> None:
     if plane == TCP_TLS:
-        proxy.faults = Faults(flip_at=3 * PAGE_BYTES, num_faulty=1)
+        proxy.faults = Faults(flip_at=3 * PAGE_BYTES)
         ended = importer.pull(shared, ALL, endpoint=through(proxy, shared))
         assert ended.status is PullStatus.FAILED  # TLS does not let it through, and ends the connection
         assert "MAC" in ended.message.upper() or "RECORD" in ended.message.upper()

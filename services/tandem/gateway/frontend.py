@@ -34,9 +34,11 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.rpc.sampling_rules import check_token_ids
 from tandem.rpc.write_guard import cut_at
 from tandem.telemetry.gateway import GatewayMetrics
+from tandem.telemetry.tracing import Tracer
 
 REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
+_SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 BLOCKED_WRITE_SECONDS = 1.0  # after its deadline, a call that still waits for its client is cut
 MAX_DETOKENIZE_IDS = 1 << 20
 _Context = aio.ServicerContext[Any, Any]
@@ -66,6 +68,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         rules: ResumptionRules,
         max_prompt_bytes: int,
         request_seconds_max: float,
+        tracer: Tracer | None = None,
     ) -> None:
         self._preparation = preparation
         self._tokenizer = tokenizer
@@ -76,19 +79,20 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._rules = rules
         self._max_prompt_bytes = max_prompt_bytes
         self._request_seconds_max = request_seconds_max
+        self._tracer = tracer or Tracer.off()
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         call = self._call(request.request_id, context)
         with self._record("Generate", call) as record, self._admission.admit(_num_sequences(request.sampling)):
             await _introduce(call, context)
-            prepared = await self._preparation.generate(request, call.request_id, call.traceparent)
+            prepared = await self._preparation.generate(request, call.request_id, record.traceparent)
             return await self._whole(prepared, call, record, context)
 
     async def Chat(self, request: pb.ChatRequest, context: _Context) -> pb.GenerateResponse:
         call = self._call(request.request_id, context)
         with self._record("Chat", call) as record, self._admission.admit(_num_sequences(request.sampling)):
             await _introduce(call, context)
-            prepared = await self._preparation.chat(request, call.request_id, call.traceparent)
+            prepared = await self._preparation.chat(request, call.request_id, record.traceparent)
             return await self._whole(prepared, call, record, context)
 
     async def StreamGenerate(
@@ -97,7 +101,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         call = self._call(request.request_id, context)
         with self._record("StreamGenerate", call) as record, self._admission.admit(_num_sequences(request.sampling)):
             await _introduce(call, context)
-            prepared = await self._preparation.generate(request, call.request_id, call.traceparent)
+            prepared = await self._preparation.generate(request, call.request_id, record.traceparent)
             async with aclosing(self._stream(prepared, call, record, context)) as messages:
                 async for message in messages:
                     yield message
@@ -106,7 +110,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         call = self._call(request.request_id, context)
         with self._record("StreamChat", call) as record, self._admission.admit(_num_sequences(request.sampling)):
             await _introduce(call, context)
-            prepared = await self._preparation.chat(request, call.request_id, call.traceparent)
+            prepared = await self._preparation.chat(request, call.request_id, record.traceparent)
             async with aclosing(self._stream(prepared, call, record, context)) as messages:
                 async for message in messages:
                     yield message
@@ -196,7 +200,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return generation
 
     def _record(self, api: str, call: Call) -> RequestRecord:
-        return RequestRecord(api, call.request_id, self._metrics, deadline=call.deadline)
+        span = self._tracer.enter(f"{_SERVICE}/{api}", call.traceparent, may_begin_trace=True)
+        return RequestRecord(api, call.request_id, self._metrics, span, deadline=call.deadline)
 
     def _call(self, request_id: str, context: _Context) -> Call:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -12,6 +12,7 @@ from tandem.errors import TandemError
 from tandem.gateway.prepared import Delta, Finish, Prepared
 from tandem.rpc.status import code_of
 from tandem.telemetry.gateway import GatewayMetrics
+from tandem.telemetry.tracing import Span
 
 _logger = logging.getLogger(__name__)
 
@@ -19,9 +20,10 @@ _logger = logging.getLogger(__name__)
 class RequestRecord:
     """Use it as a context around a request; leaving it writes the log line and the metrics."""
 
-    def __init__(self, api: str, request_id: str, metrics: GatewayMetrics, *, deadline: float) -> None:
+    def __init__(self, api: str, request_id: str, metrics: GatewayMetrics, span: Span, *, deadline: float) -> None:
         """`deadline` is a time of the running loop's clock: what is cancelled after it has met it."""
         self._api = api
+        self._span = span
         self._request_id = request_id
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
@@ -33,6 +35,11 @@ class RequestRecord:
         self._num_resumptions = 0
         self._prepared: Prepared | None = None
         self._finish: Finish | None = None
+
+    @property
+    def traceparent(self) -> str:
+        """What the workers are given."""
+        return self._span.traceparent
 
     def prepared(self, prepared: Prepared) -> None:
         """The request was understood."""
@@ -74,7 +81,10 @@ class RequestRecord:
         if self._prepared is not None:
             cached = self._finish.cached_tokens if self._finish is not None else 0
             self._metrics.prompt(len(self._prepared.prompt_token_ids), cached)
-        _logger.info("request ended", extra={"fields": self._fields(code, seconds, tpot, error)})
+        fields = self._fields(code, seconds, tpot, error)
+        _logger.info("request ended", extra={"fields": fields})
+        self._span.set(**fields)
+        self._span.end("" if code == "OK" else code)
 
     def _code(self, error: BaseException | None) -> str:
         if error is None:

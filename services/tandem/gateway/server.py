@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
@@ -30,6 +31,7 @@ from tandem.rpc.tls import ClientTls, server_credentials
 from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.gateway import GatewayMetrics
 from tandem.telemetry.health import Health
+from tandem.telemetry.tracing import open_tracer
 
 _logger = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -49,8 +51,12 @@ class Gateway:
         self._health = Health(self._not_ready)
         self._certificates = client_facing(config.tls)
         self._peer_certificates = between_pods(config.tls)
+        gateway_id = uuid.uuid4().hex
+        self._tracer = open_tracer(
+            config.telemetry, service="tandem-gateway", instance=gateway_id, version=version("tandem-serve")
+        )
         self.fleet = Fleet(
-            gateway_id=uuid.uuid4().hex,
+            gateway_id=gateway_id,
             model=files.name,
             on_change=self._fleet_changed,
             tls=ClientTls.between_pods(self._peer_certificates) if self._peer_certificates is not None else None,
@@ -81,6 +87,7 @@ class Gateway:
             rules=_resumption_rules(config, metrics),
             max_prompt_bytes=config.gateway.max_prompt_bytes,
             request_seconds_max=config.gateway.request_seconds_max,
+            tracer=self._tracer,
         )
         self._server.add(pb_grpc.add_InferenceServiceServicer_to_server, servicer, SERVICE)
 
@@ -98,6 +105,7 @@ class Gateway:
 
     async def start(self) -> str:
         """Serve, and return the address; health is NOT_SERVING until a worker is ready. Raises ConfigError."""
+        self._tracer.start()
         server = self._config.server
         credentials = None
         if self._certificates is not None:
@@ -136,6 +144,7 @@ class Gateway:
         for certificates in (self._certificates, self._peer_certificates):
             if certificates is not None:
                 certificates.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
         if self._exporter is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._exporter.close)
 

@@ -56,7 +56,7 @@ Response = Accepted | Announce | FirstToken | Complete
 # ---- decode -> prefill --------------------------------------------------------------------------------------------
 
 
-def open_to_proto(opened: Open) -> handoff_pb2.HandoffRequest:
+def open_to_proto(opened: Open, traceparent: str = "") -> handoff_pb2.HandoffRequest:
     """Return the first message of a stream. `timeout_seconds` is not in it: it travels as the stream's deadline."""
     sampling, stop, output = sampling_to_proto(opened.sampling)
     return handoff_pb2.HandoffRequest(
@@ -77,6 +77,7 @@ def open_to_proto(opened: Open) -> handoff_pb2.HandoffRequest:
             cache_salt=opened.cache_salt,
             transports=opened.transports,
             checksums=opened.checksums,
+            traceparent=traceparent,
         )
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from tandem.errors import TransportError
 from tandem.transfer import iovec
 from tandem.transfer.iovec import Iovecs
-from tandem.transfer.tls import PeerTls, SecureSocket
+from tandem.transfer.tls import PeerTls, SecureSocket, Untrusted
 
 _KEEPALIVE_IDLE_SECONDS = 10
 _KEEPALIVE_INTERVAL_SECONDS = 5
@@ -70,7 +70,11 @@ class Stream:
         with self._lock:
             self._secure = tls.wrap(self._socket, is_listener=is_listener, seconds=seconds)
             self._socket = self._secure.socket
-        self._secure.shake_hands()
+        try:
+            self._secure.shake_hands()
+        except Untrusted:
+            self._secure.dismiss()
+            raise
         self._socket.settimeout(self._slice_seconds)
 
     def shut(self) -> None:

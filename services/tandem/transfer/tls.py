@@ -6,6 +6,7 @@ into pages and encrypted straight from them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import ssl
@@ -15,6 +16,8 @@ from tandem.certificates import CertificateSource, Pem, carries_name, peer_conte
 from tandem.errors import TransportError
 from tandem.transfer.iovec import Iovecs
 
+_DISMISS_SECONDS = 0.2
+_DISMISS_READS = 4
 _TURN_BYTES = 1 << 20  # after so much a call returns, so that whoever watches sees that bytes move
 
 
@@ -90,8 +93,27 @@ class SecureSocket:
             return self.socket.send(data)
         except TimeoutError:
             return 0
+        except (ssl.SSLError, ConnectionError) as error:
+            raise _translated(self._alert() or error) from error
+
+    def dismiss(self) -> None:
+        """Let somebody who was refused read why: closing with something unread would cut that off."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            self.socket.settimeout(_DISMISS_SECONDS)
+            for _ in range(_DISMISS_READS):
+                if not socket.socket.recv(self.socket, 1 << 16):
+                    return
+
+    def _alert(self) -> ssl.SSLError | None:
+        """Return what the other end said before it closed, if it did."""
+        try:
+            self.socket.recv(1)
         except ssl.SSLError as error:
-            raise _translated(error) from error
+            return error
+        except OSError:
+            return None
+        return None
 
     def receive(self, vectors: Iovecs) -> int:
         """Read into memory; return how much, 0 if nothing came. Raises OSError, also at the end."""
@@ -136,6 +158,7 @@ def _memory(address: int, length: int) -> memoryview:
     return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
 
-def _translated(error: ssl.SSLError) -> OSError:
+def _translated(error: OSError) -> OSError:
     """A peer that refuses our certificate says so only after the handshake, with an alert."""
-    return ConnectionResetError(f"the other end ended TLS: {error.reason or error}")
+    reason = error.reason if isinstance(error, ssl.SSLError) else ""
+    return ConnectionResetError(f"the other end ended TLS: {reason or error}")

@@ -24,9 +24,11 @@ from tandem.rpc import convert, convert_worker, status
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as inference_pb2
 from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb2
 from tandem.rpc.gen.worker.v1 import worker_service_pb2_grpc as worker_grpc
+from tandem.telemetry.tracing import Tracer
 from tandem.worker.load_rates import LoadRates
 from tandem.worker.messages import StepEnded
 from tandem.worker.request_table import GatewaySession, RequestTable
+from tandem.worker.spans import WorkerSpans
 from tandem.worker.submit_rules import check_submit
 
 MAX_SESSIONS = 1024
@@ -41,7 +43,8 @@ _Requests = AsyncIterator[worker_pb2.SessionRequest]
 class Frontend(worker_grpc.WorkerServiceServicer):
     """The servicer, and the receiver of what the rank says about requests. `send` takes messages for the rank."""
 
-    def __init__(self, send: Callable[[object], None], info: WorkerInfo) -> None:
+    def __init__(self, send: Callable[[object], None], info: WorkerInfo, spans: WorkerSpans | None = None) -> None:
+        self._spans = spans or WorkerSpans(Tracer.off())
         self._table = RequestTable(send, info.worker_id)
         self._info = info
         self._ready: RankReady | None = None
@@ -94,6 +97,7 @@ class Frontend(worker_grpc.WorkerServiceServicer):
         self._table.tokens(tokens)
 
     def ended(self, ended: Ended) -> None:
+        self._spans.ended(ended)
         self._table.ended(ended)
 
     def step_ended(self, step: StepEnded) -> None:
@@ -207,6 +211,7 @@ class Frontend(worker_grpc.WorkerServiceServicer):
             session.frames.add_end(end)
             session.frames.send(0, time.monotonic_ns())
             return
+        self._spans.submitted(submit, message.traceparent)
         self._table.submit(session, message.rid, submit, message.stream_interval)
 
 

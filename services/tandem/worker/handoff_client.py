@@ -35,7 +35,9 @@ from tandem.rpc.gen.handoff.v1 import handoff_service_pb2 as handoff_pb2
 from tandem.rpc.gen.handoff.v1 import handoff_service_pb2_grpc as handoff_grpc
 from tandem.rpc.handoff_status import INSTANCE_METADATA, end_code
 from tandem.rpc.handoff_wire import Response, open_to_proto, release_to_proto, response_from_proto
+from tandem.telemetry.tracing import Tracer
 from tandem.worker.peer_channels import PeerChannels
+from tandem.worker.spans import ImportSpan, WorkerSpans
 
 RELEASE_SECONDS = 10.0  # how long a peer's answer to Release is awaited
 MAX_EVENTS = 1 << 17  # of one stream; a peer that sends more is no exporter
@@ -46,9 +48,12 @@ _Call = aio.StreamStreamCall[handoff_pb2.HandoffRequest, handoff_pb2.HandoffResp
 class HandoffClient:
     """All outgoing streams of a decode worker. `send` takes the events, in order for each stream."""
 
-    def __init__(self, send: Callable[[object], None], channels: PeerChannels) -> None:
+    def __init__(
+        self, send: Callable[[object], None], channels: PeerChannels, spans: WorkerSpans | None = None
+    ) -> None:
         self._send = send
         self._channels = channels
+        self._spans = spans or WorkerSpans(Tracer.off())
         self._streams: dict[int, _Stream] = {}
 
     @property
@@ -58,7 +63,7 @@ class HandoffClient:
 
     def open(self, effect: OpenStream) -> None:
         """Start a stream."""
-        stream = _Stream(effect, self._send, self._channels)
+        stream = _Stream(effect, self._send, self._channels, self._spans.importing(effect))
         self._streams[effect.stream_id] = stream
         stream.start(lambda: self._streams.pop(effect.stream_id, None))
 
@@ -91,8 +96,11 @@ class HandoffClient:
 class _Stream:
     """One hand-off stream, from OpenStream to its status."""
 
-    def __init__(self, effect: OpenStream, send: Callable[[object], None], channels: PeerChannels) -> None:
+    def __init__(
+        self, effect: OpenStream, send: Callable[[object], None], channels: PeerChannels, span: ImportSpan
+    ) -> None:
         self._effect = effect
+        self._span = span
         self._send = send
         self._channels = channels
         self._release: asyncio.Future[ReleaseReason] = asyncio.get_running_loop().create_future()
@@ -110,6 +118,7 @@ class _Stream:
 
     def release(self, reason: ReleaseReason) -> None:
         self._silent = True
+        self._span.released(reason)
         if not self._release.done():
             self._release.set_result(reason)
         if not self._opened:
@@ -117,6 +126,7 @@ class _Stream:
 
     def drop(self) -> None:
         self._silent = True
+        self._span.ended("dropped")
         self.task.cancel()
 
     async def _run(self) -> None:
@@ -129,6 +139,7 @@ class _Stream:
             code, message = EndCode.LOST, f"{self._effect.address} sent what no exporter sends: {error.message}"
         if code is EndCode.OK:
             code, message = EndCode.LOST, f"{self._effect.address} ended the stream before it was released"
+        self._span.ended(code.value)
         if not self._silent:
             _logger.warning("hand-off from %s ended as %s: %s", self._effect.address, code.value, message)
         self._tell(StreamClosed(self._effect.stream_id, code, message))
@@ -158,7 +169,7 @@ class _Stream:
         """Send Open, and Release when it is time. A call that has ended meanwhile is the reader's to report."""
         try:
             self._opened = True
-            await call.write(open_to_proto(self._effect.open))
+            await call.write(open_to_proto(self._effect.open, self._span.traceparent))
             reason = await self._release
             async with asyncio.timeout(RELEASE_SECONDS):
                 await call.write(release_to_proto(reason))
@@ -173,6 +184,7 @@ class _Stream:
 
     def _deliver(self, response: Response) -> None:
         stream_id = self._effect.stream_id
+        self._span.heard(response)
         match response:
             case Accepted():
                 self._tell(StreamAccepted(stream_id, response))

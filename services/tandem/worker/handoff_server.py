@@ -37,6 +37,8 @@ from tandem.rpc.gen.handoff.v1 import handoff_service_pb2_grpc as handoff_grpc
 from tandem.rpc.handoff_status import INSTANCE_METADATA, abort
 from tandem.rpc.handoff_wire import Response, open_from_proto, release_from_proto, response_to_proto
 from tandem.rpc.sampling_rules import check_sampling, check_token_ids
+from tandem.telemetry.tracing import Tracer
+from tandem.worker.spans import ExportSpan, WorkerSpans
 
 MAX_STREAMS = 8192
 MAX_UNREAD_RESPONSES = 1 << 16  # of one stream; an importer that does not read is cut off
@@ -49,8 +51,9 @@ _logger = logging.getLogger(__name__)
 class _Stream:
     """What waits to be sent on one stream, and how it ends. `finish` is idempotent: the first end counts."""
 
-    def __init__(self, stream_id: int) -> None:
+    def __init__(self, stream_id: int, span: ExportSpan) -> None:
         self.stream_id = stream_id
+        self.span = span
         self.released = False
         self._responses: deque[Response] = deque()
         self._changed = asyncio.Event()
@@ -69,6 +72,7 @@ class _Stream:
     def finish(self, code: EndCode, message: str) -> None:
         if self.end is None:
             self.end = (code, message)
+            self.span.ended(code)
             self._changed.set()
 
     async def responses(self) -> AsyncIterator[Response]:
@@ -85,8 +89,9 @@ class _Stream:
 class HandoffServer(handoff_grpc.HandoffServiceServicer):
     """The servicer, and the receiver of the rank's effects. `send` takes events for the rank."""
 
-    def __init__(self, send: Callable[[object], None], instance_id: bytes) -> None:
+    def __init__(self, send: Callable[[object], None], instance_id: bytes, spans: WorkerSpans | None = None) -> None:
         self._send = send
+        self._spans = spans or WorkerSpans(Tracer.off())
         self._instance_id = instance_id
         self._ready: RankReady | None = None
         self._draining = False
@@ -118,6 +123,7 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
                 pass
             case SendFirstToken(_, response) | SendComplete(_, response):
                 pass
+        stream.span.sent(effect)
         if not stream.put(response):
             self._lose(stream)  # here and now: the handler may be stuck in a write that nobody takes
 
@@ -136,10 +142,10 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
         if refusal is not None:
             await abort(context, *refusal)
         try:
-            opened = await self._first(request_iterator, context.time_remaining())
+            opened, traceparent = await self._first(request_iterator, context.time_remaining())
         except InvalidRequest as error:
             await abort(context, EndCode.INVALID, error.message)
-        stream = _Stream(self._next_stream_id)
+        stream = _Stream(self._next_stream_id, self._spans.exporting(opened, traceparent))
         self._next_stream_id += 1
         self._streams[stream.stream_id] = stream
         self._send(OpenReceived(stream.stream_id, opened))
@@ -150,6 +156,7 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
                     yield response_to_proto(response)
         finally:
             reader.cancel()
+            stream.span.ended(None)
             self._lose(stream)
         code, message = stream.end or (EndCode.LOST, "")
         if code is not EndCode.OK:
@@ -169,7 +176,8 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
             return EndCode.OVERLOADED, f"{MAX_STREAMS} hand-off streams are open", None
         return None
 
-    async def _first(self, request_iterator: _Requests, timeout_seconds: float | None) -> Open:
+    async def _first(self, request_iterator: _Requests, timeout_seconds: float | None) -> tuple[Open, str]:
+        """Return what is opened, and the traceparent with it."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 first = await anext(request_iterator)
@@ -185,7 +193,7 @@ class HandoffServer(handoff_grpc.HandoffServiceServicer):
             raise InvalidRequest(f"{num_tokens} tokens, this worker takes prompts of {ready.max_req_input_len}")
         check_token_ids(unpack(opened.prompt_token_ids), ready.vocab_size, "prompt_token_ids")
         check_sampling(opened.sampling, vocab_size=ready.vocab_size)
-        return opened
+        return opened, first.open.traceparent
 
     async def _read(self, stream: _Stream, request_iterator: _Requests) -> None:
         """Wait for the Release. Everything else that may come is the loss of the stream."""

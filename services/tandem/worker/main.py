@@ -25,6 +25,7 @@ from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, 
 from tandem.rpc.convert_worker import worker_info
 from tandem.rpc.tls import ClientTls
 from tandem.telemetry.health import Health
+from tandem.telemetry.tracing import open_tracer
 from tandem.telemetry.worker import register_worker
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
@@ -34,6 +35,7 @@ from tandem.worker.messages import StartRank, StepEnded
 from tandem.worker.peer_channels import PeerChannels
 from tandem.worker.rank_process import RankProcess
 from tandem.worker.servers import WorkerServers
+from tandem.worker.spans import WorkerSpans
 
 SILENT_SECONDS = 60.0  # a rank that says nothing for so long is stuck: liveness fails
 STOP_SECONDS = 2.0  # for streams to take their last messages
@@ -90,12 +92,17 @@ class _Worker:
         self._heard = time.monotonic()  # from the rank
         self._doing = "starting"  # what the start is at
         self._registry = CollectorRegistry()
-        self._frontend = Frontend(self._send, self._starting_info())
-        self._handoff_server = HandoffServer(self._send, self._instance_id) if role == "prefill" else None
+        info = self._starting_info()
+        self._tracer = open_tracer(
+            config.telemetry, service=f"tandem-{role}", instance=info.worker_id, version=info.version
+        )
+        spans = self._spans = WorkerSpans(self._tracer)
+        self._frontend = Frontend(self._send, info, spans)
+        self._handoff_server = HandoffServer(self._send, self._instance_id, spans) if role == "prefill" else None
         self._certificates = between_pods(config.tls)
         tls = ClientTls.between_pods(self._certificates) if self._certificates is not None else None
         channels = PeerChannels(config.handoff.connect_seconds, tls=tls)
-        self._handoff_client = HandoffClient(self._send, channels) if role == "decode" else None
+        self._handoff_client = HandoffClient(self._send, channels, spans) if role == "decode" else None
         health = Health(self._not_ready, self._fault)
         self._servers = WorkerServers(
             config.server, self._registry, health, self._frontend, self._handoff_server, self._certificates
@@ -105,6 +112,7 @@ class _Worker:
     async def start(self) -> None:
         """Start the rank's process, listen, not ready yet, and tell the rank who it is."""
         self._rank = await RankProcess.spawn(self._receive)  # before gRPC has threads, which a fork does not like
+        self._tracer.start()
         if self._certificates is not None:
             self._certificates.start()
         await self._servers.start()
@@ -136,6 +144,8 @@ class _Worker:
             await self._rank.close()
         if self._certificates is not None:
             self._certificates.close()
+        self._spans.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
 
     async def _drain(self, stop: StopSignals) -> int:
         assert self._rank is not None
