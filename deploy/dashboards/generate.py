@@ -1,4 +1,7 @@
-"""Write the dashboards into the chart: `python -m deploy.dashboards.generate`; with --check, fail if they are stale."""
+"""Write the dashboards into the chart and the table of metrics into docs/; with --check, fail if they are stale.
+
+python -m deploy.dashboards.generate [--check]
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from deploy.dashboards import handoff, overview, workers
+from deploy.dashboards import handoff, metrics_table, overview, workers
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 FOLDER = Path(__file__).resolve().parents[1] / "helm" / "tandem" / "dashboards"
@@ -25,7 +28,9 @@ def stale() -> list[str]:
     """Return the files that are not what the code makes, or that it does not make."""
     made = rendered()
     there = {path.name: path.read_text() for path in FOLDER.glob("*.json")}
-    return sorted(name for name in made.keys() | there.keys() if made.get(name) != there.get(name))
+    found = sorted(name for name in made.keys() | there.keys() if made.get(name) != there.get(name))
+    page = metrics_table.PAGE
+    return found if page.read_text() == metrics_table.rendered() else [*found, page.name]
 
 
 def main() -> int:
@@ -36,6 +41,7 @@ def main() -> int:
     FOLDER.mkdir(exist_ok=True)
     for name, text in rendered().items():
         (FOLDER / name).write_text(text)
+    metrics_table.PAGE.write_text(metrics_table.rendered())
     return 0
 
 

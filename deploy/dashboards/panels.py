@@ -152,7 +152,7 @@ def board(uid: str, title: str, description: str, purpose: str, *, role: bool = 
     if role:
         values = 'label_values(tandem_worker_info{namespace=~"$namespace"}, role)'
         made = made.with_variable(_variable("role", "Role", values))
-    return made.with_panel(note.span(24).height(4))
+    return made.with_panel(note.span(24).height(3))
 
 
 def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:

@@ -134,7 +134,17 @@ class Prometheus:
 class Load:
     """Clients that keep asking until `stop`: most in earnest, some give up, some are late, some are wrong."""
 
-    def __init__(self, service: Service, gateway: Program, *, num_clients: int = 3) -> None:
+    def __init__(
+        self,
+        service: Service,
+        gateway: Program,
+        *,
+        num_clients: int = 3,
+        max_prompt_tokens: int = 300,
+        max_output_tokens: int = 48,
+    ) -> None:
+        self._max_prompt_tokens = max_prompt_tokens
+        self._max_output_tokens = max_output_tokens
         self._stub = service.stub(gateway)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -156,9 +166,9 @@ class Load:
         count = 0
         while not self._stopping.is_set():
             count += 1
-            length = source.randrange(20, 300)
+            length = source.randrange(20, self._max_prompt_tokens)
             prompt = (shared if count % 3 == 0 else []) + random_prompt(source, length)
-            self._call(greedy(prompt, source.randrange(4, 48)), count % 10)
+            self._call(greedy(prompt, source.randrange(4, self._max_output_tokens)), count % 10)
 
     def _call(self, request: pb.GenerateRequest, kind: int) -> None:
         code = "OK"
@@ -170,6 +180,6 @@ class Load:
                 if kind == 9 and number == 2:
                     call.cancel()
         except grpc.RpcError as error:
-            code = error.code().name  # type: ignore[attr-defined]
+            code = error.code().name
         with self._lock:
             self.codes[code] = self.codes.get(code, 0) + 1

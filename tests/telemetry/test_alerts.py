@@ -14,6 +14,7 @@ from tests.telemetry.expressions import unknown_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "deploy" / "helm" / "tandem" / "alerts" / "tandem.yaml"
+PAGE = ROOT / "docs" / "observability.md"
 CASES = Path(__file__).with_name("alerts_test.yaml")
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed: apt-get install prometheus")
@@ -66,6 +67,7 @@ def test_every_alert_says_what_it_means_and_where_to_read_on() -> None:
         annotations = rule["annotations"]
         assert annotations["summary"] and annotations["description"]
         assert annotations["runbook"] == f"docs/observability.md#{rule['alert'].lower()}"
+        assert f"\n### {rule['alert']}\n\n*{rule['labels']['severity'].title()}.*" in PAGE.read_text()
 
 
 def test_alerts_use_metrics_of_the_table_and_rules_above_them() -> None:

@@ -15,7 +15,7 @@ from tests.telemetry.expressions import SERIES, TARGET_LABELS, selectors, unknow
 from tests.telemetry.panels import BOARDS, everything, load, panels
 
 
-def test_the_files_are_what_the_code_makes() -> None:
+def test_the_files_and_the_table_of_metrics_are_what_the_code_makes() -> None:
     assert generate.stale() == []
     assert set(BOARDS) == {"overview", "handoff", "workers"}
 
