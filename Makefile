@@ -30,6 +30,7 @@ check: .venv/.dev ## Lint, format, types, generated code
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tandem.rpc.generate --check
+	$(BIN)/python -m deploy.dashboards.generate --check
 
 unit: .venv/.dev ## The tests, slow ones beside the rest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)

@@ -105,11 +105,14 @@ class Program:
         return {name + (labels or ""): float(value) for name, labels, value in _SAMPLE.findall(text)}
 
     def worker_metric(self, name: str) -> float:
-        metrics = self.metrics()
-        return metrics.get(f"tandem_worker_{name}", metrics.get(f"tandem_worker_{name}_total", float("nan")))
+        """Return the sum of a worker metric's series; nan if there is none."""
+        names = (f"tandem_worker_{name}", f"tandem_worker_{name}_total")
+        found = [value for series, value in self.metrics().items() if series.partition("{")[0] in names]
+        return sum(found) if found else float("nan")
 
     def pages(self, state: str) -> float:
-        return self.metrics()[f'tandem_worker_pages{{state="{state}"}}']
+        series = (value for name, value in self.metrics().items() if f'state="{state}"' in name)
+        return next(series)
 
     def pages_in_use(self) -> float:
         return self.pages("held") + self.pages("quarantined")

@@ -109,6 +109,7 @@ def test_answers_end(seconds: float, prompt_logprobs: Any) -> None:
             queue_seconds=seconds,
             prefill_seconds=seconds,
             transfer_seconds=seconds,
+            first_decode_seconds=seconds,
             decode_seconds=seconds,
             transfer_bytes=2**40,
             transport="tcp",

@@ -88,6 +88,8 @@ class Exporter:
                 logprob=request.last_logprob,
                 prompt_logprobs=tuple(request.prompt_logprobs),
                 cached_tokens=request.cached_tokens,
+                queue_seconds=request.marks.queue_seconds,
+                prefill_seconds=request.marks.prefill_seconds,
             )
         self._export(export)
         self._send_first_token(export)
@@ -323,9 +325,7 @@ class Exporter:
         if export.stream_id is None or not export.first_token_sent or export.announced < export.total_pages:
             return
         marks = export.request.marks
-        complete = Complete(
-            queue_seconds=marks.started - marks.arrived, prefill_seconds=marks.first_token - marks.started
-        )
+        complete = Complete(queue_seconds=marks.queue_seconds, prefill_seconds=marks.prefill_seconds)
         self._ledger.emit(SendComplete(export.stream_id, complete))
 
     def _lease(self, export: Export, now: float) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from tandem.core.endpoints import choose_endpoint
 from tandem.core.import_effects import open_stream, pull
+from tandem.core.import_figures import FAILURE_OF, count_failure, count_landing, count_pull
 from tandem.core.imports import Import, ImportBook
 from tandem.core.ledger import Ledger
 from tandem.core.messages.handoff import (
@@ -130,7 +131,9 @@ class Importer:
             request.set_pages(request.pages + pages)
             move(request, State.RECEIVING)
             ledger.run(request)
-            request.marks.started = request.marks.started or now
+            if request.marks.started == 0.0:
+                request.marks.started = now
+                ledger.tallies.queue.observe(now - request.marks.queued)
             self._pull(imp, now)
 
     # ---- stream events --------------------------------------------------------------------------------------------
@@ -142,6 +145,7 @@ class Importer:
         imp.accepted = event.accepted
         imp.endpoint = choose_endpoint(event.accepted.endpoints, self._transports)
         if imp.endpoint is None or event.accepted.checksum != self._settings.checksum:
+            count_failure(self._ledger, imp, "incompatible")
             self._give_up_peer(imp, now)
 
     def announced(self, event: StreamAnnounced, now: float) -> None:
@@ -150,13 +154,14 @@ class Importer:
             return
         announce = event.announce
         if not imp.note_announce(announce):
-            self._fault(imp, now)
+            self._fault(imp, "protocol", now)
             self._give_up_peer(imp, now)
             return
         if imp.request.state is State.RECEIVING:
             self._pull(imp, now)
         elif not imp.queued:
             imp.queued = True
+            imp.request.marks.queued = imp.request.marks.queued or now
             self._book.receive_queue.append(imp)
 
     def first_token(self, event: StreamFirstToken, now: float) -> None:
@@ -166,13 +171,14 @@ class Importer:
             return
         request, first = imp.request, event.first_token
         if not 0 <= first.token_id < self._settings.vocab_size:
-            self._fault(imp, now)
+            self._fault(imp, "protocol", now)
             self._give_up_peer(imp, now)
             return
         if request.num_outputs > imp.num_open_outputs:  # known since an earlier attempt: never taken again
             self._ledger.counters.first_token_differences += request.tokens[imp.num_tokens] != first.token_id
             return
         request.cached_tokens = max(request.cached_tokens, first.cached_tokens)
+        request.marks.queue_seconds, request.marks.prefill_seconds = first.queue_seconds, first.prefill_seconds
         if first.prompt_logprobs and not request.prompt_logprobs:
             request.prompt_logprobs = list(first.prompt_logprobs)
         self._ledger.append_output(request, first.token_id, first.logprob, now)
@@ -188,7 +194,7 @@ class Importer:
     def completed(self, event: StreamCompleted, now: float) -> None:
         imp = self._book.by_stream(event.stream_id)
         if imp is not None and imp.num_announced < imp.num_pages:
-            self._fault(imp, now)
+            self._fault(imp, "protocol", now)
             self._give_up_peer(imp, now)
 
     def closed(self, event: StreamClosed, now: float) -> None:
@@ -198,7 +204,9 @@ class Importer:
             return
         self._book.forget_stream(imp)
         if event.code is EndCode.LOST:
-            self._fault(imp, now)
+            self._fault(imp, "lost", now)
+        else:
+            count_failure(self._ledger, imp, FAILURE_OF[event.code])
         if event.code is EndCode.LOST and imp.accepted is not None:
             self._try_again(imp, now)
         else:
@@ -225,11 +233,8 @@ class Importer:
         ticket = self._book.tickets.pop(event.ticket, None)
         if ticket is None:
             return
-        ledger = self._ledger
-        ledger.kv.pool.clear_busy(ticket.pages)
-        ledger.counters.transferred_bytes += event.num_bytes
-        ledger.counters.transfer_seconds += event.seconds
-        ledger.counters.checksum_mismatches += len(event.bad_ordinals)
+        self._ledger.kv.pool.clear_busy(ticket.pages)
+        count_pull(self._ledger, ticket, event)
         imp = ticket.owner
         if not ticket.is_current:
             return
@@ -243,8 +248,7 @@ class Importer:
         elif event.status is PullStatus.MISMATCH:
             self._mismatched(imp, set(event.bad_ordinals), now)
         else:
-            ledger.counters.failed_pulls += 1
-            self._fault(imp, now)
+            self._fault(imp, "pull", now)
             self._try_again(imp, now)
 
     @property
@@ -287,7 +291,7 @@ class Importer:
 
     def _mismatched(self, imp: Import, bad: set[int], now: float) -> None:
         """Rule 1: a mismatch is pulled once more; the earlier read is over, or PullEnded would not have come."""
-        self._fault(imp, now)
+        self._fault(imp, "integrity", now)
         if bad & imp.retried:
             self._give_up_peer(imp, now)
             return
@@ -303,6 +307,7 @@ class Importer:
         assert accepted is not None and request.state is State.RECEIVING
         self._ledger.emit(SendRelease(imp.stream_id, ReleaseReason.DONE))
         self._fences.success(imp.peer.instance_id)
+        count_landing(self._ledger, imp, now)
         self._book.remove(imp)
         request.prefill_worker = imp.peer.address
         request.num_computed = request.num_launched = imp.num_tokens
@@ -311,7 +316,8 @@ class Importer:
         more = len(request.tokens) - imp.num_tokens > 1
         move(request, State.EXTENDING if more else State.DECODING)
 
-    def _fault(self, imp: Import, now: float) -> None:
+    def _fault(self, imp: Import, reason: str, now: float) -> None:
+        count_failure(self._ledger, imp, reason)
         self._fences.fault(imp.peer.instance_id, now)
 
     def _try_again(self, imp: Import, now: float) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from tandem.core.kv_cache import KvCache
 from tandem.core.messages.requests import Ended, EndReason, Timing, Tokens
 from tandem.core.messages.sampling import TokenLogprob
-from tandem.core.request import Request
+from tandem.core.request import Marks, Request
 from tandem.core.settings import SchedulerSettings
 from tandem.core.states import State, move
+from tandem.core.tallies import Tallies
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class Ledger:
         self.effects: list[object] = []
         self.now = 0.0  # monotonic seconds of the event or plan in hand
         self.counters = Counters()
+        self.tallies = Tallies()
         self.timers = Timers()
         self._slots = list(range(settings.scheduler.max_running_requests - 1, -1, -1))
         self._seq = 0
@@ -129,8 +131,12 @@ class Ledger:
         """Account one output token, and tell the client unless the request is an export."""
         index = request.num_outputs
         request.tokens.append(token_id)
-        if request.marks.first_token == 0.0:
-            request.marks.first_token = now
+        marks = request.marks
+        if marks.first_token == 0.0:
+            marks.first_token = now
+        elif marks.second_token == 0.0:
+            marks.second_token = now
+            self.tallies.first_decode.observe(_first_decode_seconds(marks))
         self.counters.generated_tokens += 1
         if request.is_export:
             request.last_logprob = logprob
@@ -171,6 +177,7 @@ class Ledger:
         self.stop_running(request)
         self.kv.release_request(request)
         del self.requests[request.request_id]
+        self.tallies.ended[reason.value] += 1
         if request.is_export:
             return
         self.emit(
@@ -195,15 +202,22 @@ class Ledger:
 
 
 def _timing(request: Request, now: float) -> Timing:
+    """Return the phases; what had not begun when the request ended is zero, and all of its time was waiting."""
     marks = request.marks
-    started = marks.started or now
+    begun = marks.started or marks.first_token
     first = marks.first_token or now
     return Timing(
-        queue_seconds=started - marks.arrived,
-        prefill_seconds=max(0.0, first - started),
+        queue_seconds=marks.queue_seconds if begun else now - marks.arrived,
+        prefill_seconds=marks.prefill_seconds,
         transfer_seconds=max(0.0, marks.pull_ended - marks.pull_started),
+        first_decode_seconds=_first_decode_seconds(marks) if marks.second_token else 0.0,
         decode_seconds=now - first,
         transfer_bytes=request.received_bytes,
         transport=request.transport,
         prefill_worker=request.prefill_worker,
     )
+
+
+def _first_decode_seconds(marks: Marks) -> float:
+    """From when decoding could begin to the second token."""
+    return max(0.0, marks.second_token - max(marks.first_token, marks.landed))

@@ -78,6 +78,7 @@ class Planner:
         pool = self._ledger.kv.pool
         plan = Plan(pool.launched + 1, rows)
         pool.note_launch(plan.plan_id)
+        self._ledger.tallies.device.launched(self._ledger.now)
         self._in_flight.append((plan, owners))
         for row, request in zip(rows, owners, strict=True):
             request.num_launched = row.start + row.num_tokens
@@ -232,8 +233,13 @@ class Planner:
             request.cached_tokens = held
             ledger.counters.prefix_hit_tokens += held
             ledger.counters.prefix_query_tokens += len(request.tokens)
-        if request.marks.started == 0.0:
-            request.marks.started = now
+        marks = request.marks
+        if marks.started == 0.0:
+            marks.started = now
+            marks.queue_seconds = now - marks.arrived
+            ledger.tallies.queue.observe(marks.queue_seconds)
+        if not request.was_retracted:
+            marks.computing = now
         ledger.waiting.remove(request)
         move(request, State.EXTENDING)
         ledger.run(request)
@@ -250,7 +256,11 @@ class Planner:
         ledger.kv.pool.note_resolved(plan.plan_id)
         ledger.counters.steps += 1
         ledger.counters.device_seconds += event.device_seconds
-        self._budget.measured(plan.num_tokens, len(plan.rows), event.device_seconds)
+        num_tokens, num_rows = plan.num_tokens, len(plan.rows)
+        ledger.tallies.device.resolved(now)
+        ledger.tallies.batch_requests.observe(num_rows)
+        ledger.tallies.batch_tokens.observe(num_tokens)
+        self._budget.measured(num_tokens, num_rows, event.device_seconds)
         for row, request, result in zip(plan.rows, owners, event.rows, strict=True):
             request.rows_in_flight -= 1
             request.samples_in_flight -= row.sample is not None
@@ -270,6 +280,7 @@ class Planner:
             assert result.token_id is not None
             ledger.append_output(request, result.token_id, result.logprob, now)
         if request.state is State.EXTENDING and (row.sample is not None or request.num_computed == len(request.tokens)):
+            self._note_prefill(request, now)
             if not request.is_export and self._finish(request, now):
                 return
             move(request, self._traits.after_prompt)
@@ -280,6 +291,13 @@ class Planner:
         self._admission.computed(request, now)
         if request.retracting and request.rows_in_flight == 0:
             self._retract(request)
+
+    def _note_prefill(self, request: Request, now: float) -> None:
+        """The prompt is computed. What is extended after a hand-off or a retraction is no prefill."""
+        marks = request.marks
+        if marks.computing:
+            marks.prefill_seconds, marks.computing = now - marks.computing, 0.0
+            self._ledger.tallies.prefill.observe(marks.prefill_seconds)
 
 
 def _collect_prompt_logprobs(request: Request, row: Row, result: RowResult) -> None:

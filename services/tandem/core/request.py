@@ -15,8 +15,14 @@ class Marks:
     """Monotonic instants, seconds; 0 where it has not happened."""
 
     arrived: float
+    queued: float = 0.0  # decode: the first announcement of a peer; until then there was nothing to wait for here
     started: float = 0.0  # first row, or first pull
+    computing: float = 0.0  # the prompt is being computed here since then; 0 again when it is
     first_token: float = 0.0
+    landed: float = 0.0  # every page of a hand-off is verified and its first token known
+    second_token: float = 0.0
+    queue_seconds: float = 0.0  # of whoever computed the prompt
+    prefill_seconds: float = 0.0
     pull_started: float = 0.0
     pull_ended: float = 0.0
 

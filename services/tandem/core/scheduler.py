@@ -174,6 +174,7 @@ class Scheduler:
             draining=self._draining,
             orphaned_pages=self.kv.pool.num_orphans,
             **counters,
+            **ledger.tallies.figures(now),
         )
 
     # ---- requests -------------------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ class Scheduler:
         prompt, outputs = unpack(event.prompt_token_ids), unpack(event.output_token_ids)
         refusal = self._refusal(event, len(prompt))
         if refusal is not None:
+            ledger.tallies.ended[refusal.reason.value] += 1
             ledger.emit(refusal)
             return
         importing = self._importer is not None and bool(event.peers) and event.sampling.max_tokens > 0

@@ -77,7 +77,14 @@ class RequestRecord:
         tpot: float | None = None
         if self._first_output is not None and self._num_tokens > 1:
             tpot = (self._last_output - self._first_output) / (self._num_tokens - 1)
-        self._metrics.ended(self._api, code, seconds, tpot)
+        self._metrics.ended(
+            self._api,
+            code,
+            seconds,
+            ttft_seconds=None if self._first_output is None else self._first_output - self._started,
+            tpot_seconds=tpot,
+            finish=self._finish.reason.value if error is None and self._finish is not None else "none",
+        )
         if self._prepared is not None:
             cached = self._finish.cached_tokens if self._finish is not None else 0
             self._metrics.prompt(len(self._prepared.prompt_token_ids), cached)
@@ -120,7 +127,9 @@ class RequestRecord:
                 "decode_worker": finish.decode_worker,
                 "prefill_worker": finish.timing.prefill_worker,
                 "queue": round(finish.timing.queue_seconds, 4),
+                "prefill": round(finish.timing.prefill_seconds, 4),
                 "transfer": round(finish.timing.transfer_seconds, 4),
+                "first_decode": round(finish.timing.first_decode_seconds, 4),
                 "transfer_bytes": finish.timing.transfer_bytes,
                 "transport": finish.timing.transport,
             }

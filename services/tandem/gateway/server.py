@@ -28,6 +28,7 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
 from tandem.rpc.options import GATEWAY_MESSAGE_BYTES
 from tandem.rpc.server import RpcServer
 from tandem.rpc.tls import ClientTls, server_credentials
+from tandem.telemetry.drain import DrainClock
 from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.gateway import GatewayMetrics
 from tandem.telemetry.health import Health
@@ -63,12 +64,14 @@ class Gateway:
         )
         self.admission = Admission(config.gateway.max_inflight_requests)
         self._server = RpcServer(max_message_bytes=GATEWAY_MESSAGE_BYTES, reflection=config.server.reflection)
-        metrics = GatewayMetrics(self._registry)
+        self._drain_clock = DrainClock()
+        metrics = GatewayMetrics(self._registry, genai_model=files.name if config.telemetry.genai_metrics else "")
         metrics.watch(
             inflight=lambda: self.admission.inflight,
             ready_workers=self.fleet.count_ready,
             sessions=lambda state: self.fleet.count_sessions()[state],
             loop_lag=lambda: self._health.loop_lag_seconds,
+            drain=self._drain_clock,
         )
         addresses = (*config.gateway.prefill, *config.gateway.decode)
         self._discovery = choose_discovery(config.discovery, addresses, metrics.discovery_restarted)
@@ -127,6 +130,8 @@ class Gateway:
 
     async def drain(self) -> None:
         """Be not ready from now on; new requests are still taken, for those who have not heard of it."""
+        server = self._config.server
+        self._drain_clock.begin(server.drain_delay_seconds + server.drain_seconds)
         await self._server.drain()
 
     async def stop(self, drain_seconds: float) -> None:

@@ -147,6 +147,7 @@ def timing_to_proto(timing: Timing, *, decode_worker: str = "") -> inference_pb2
         decode_worker=decode_worker,
         kv_bytes=timing.transfer_bytes,
         kv_transport=timing.transport,
+        first_decode=duration_to_proto(timing.first_decode_seconds),
     )
 
 
@@ -156,6 +157,7 @@ def timing_from_proto(message: inference_pb2.Timing) -> Timing:
         queue_seconds=duration_from_proto(message.queue),
         prefill_seconds=duration_from_proto(message.prefill),
         transfer_seconds=duration_from_proto(message.kv_transfer),
+        first_decode_seconds=duration_from_proto(message.first_decode),
         decode_seconds=duration_from_proto(message.decode),
         transfer_bytes=message.kv_bytes,
         transport=message.kv_transport,

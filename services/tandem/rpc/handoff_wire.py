@@ -144,13 +144,11 @@ def response_to_proto(response: Response) -> handoff_pb2.HandoffResponse:
                 logprobs=[logprob_to_proto(response.logprob)] if response.logprob is not None else [],
                 prompt_logprobs=[logprob_to_proto(value) for value in response.prompt_logprobs],
                 cached_tokens=response.cached_tokens,
+                timing=_prefill_timing(response),
             )
             return handoff_pb2.HandoffResponse(first_token=first_token)
         case Complete():
-            timing = inference_pb2.Timing(
-                queue=duration_to_proto(response.queue_seconds), prefill=duration_to_proto(response.prefill_seconds)
-            )
-            return handoff_pb2.HandoffResponse(complete=handoff_pb2.Complete(timing=timing))
+            return handoff_pb2.HandoffResponse(complete=handoff_pb2.Complete(timing=_prefill_timing(response)))
 
 
 def response_from_proto(message: handoff_pb2.HandoffResponse) -> Response:
@@ -167,6 +165,8 @@ def response_from_proto(message: handoff_pb2.HandoffResponse) -> Response:
                 logprob=logprobs[0] if logprobs else None,
                 prompt_logprobs=logprobs_from_proto(message.first_token.prompt_logprobs),
                 cached_tokens=message.first_token.cached_tokens,
+                queue_seconds=duration_from_proto(message.first_token.timing.queue),
+                prefill_seconds=duration_from_proto(message.first_token.timing.prefill),
             )
         case "complete":
             return Complete(
@@ -175,6 +175,12 @@ def response_from_proto(message: handoff_pb2.HandoffResponse) -> Response:
             )
         case _:
             raise InvalidRequest("an event that this version does not know", field="event")
+
+
+def _prefill_timing(response: FirstToken | Complete) -> inference_pb2.Timing:
+    return inference_pb2.Timing(
+        queue=duration_to_proto(response.queue_seconds), prefill=duration_to_proto(response.prefill_seconds)
+    )
 
 
 def _accepted_to_proto(accepted: Accepted) -> handoff_pb2.Accepted:

@@ -62,6 +62,10 @@ class Frontend(worker_grpc.WorkerServiceServicer):
         return len(self._table)
 
     @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
     def load(self) -> LoadSnapshot:
         return self._load
 

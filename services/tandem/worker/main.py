@@ -24,9 +24,10 @@ from tandem.core.messages import handoff, requests
 from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
 from tandem.rpc.convert_worker import worker_info
 from tandem.rpc.tls import ClientTls
+from tandem.telemetry.drain import DrainClock
 from tandem.telemetry.health import Health
 from tandem.telemetry.tracing import open_tracer
-from tandem.telemetry.worker import register_worker
+from tandem.telemetry.worker import WorkerFacts, WorkerVitals, register_worker
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
 from tandem.worker.handoff_server import HandoffServer
@@ -103,9 +104,10 @@ class _Worker:
         tls = ClientTls.between_pods(self._certificates) if self._certificates is not None else None
         channels = PeerChannels(config.handoff.connect_seconds, tls=tls)
         self._handoff_client = HandoffClient(self._send, channels, spans) if role == "decode" else None
-        health = Health(self._not_ready, self._fault)
+        self._health = Health(self._not_ready, self._fault)
+        self._drain_clock = DrainClock()
         self._servers = WorkerServers(
-            config.server, self._registry, health, self._frontend, self._handoff_server, self._certificates
+            config.server, self._registry, self._health, self._frontend, self._handoff_server, self._certificates
         )
         self._handlers = self._dispatch_table()
 
@@ -151,14 +153,19 @@ class _Worker:
         assert self._rank is not None
         grace = self._config.server.drain_seconds
         _logger.info("stopping: %d requests have %g s to end", self._frontend.num_requests, grace)
+        longest = grace + (self._config.handoff.lease_seconds if self._role == "prefill" else 0)
+        self._drain_clock.begin(longest)
         await self._servers.drain()
         self._frontend.set_state("draining")
         if self._handoff_server is not None:
             self._handoff_server.drain()
         self._rank.send(requests.Drain(grace))
-        longest = grace + DRAIN_MARGIN_SECONDS + (self._config.handoff.lease_seconds if self._role == "prefill" else 0)
         insisted = asyncio.create_task(stop.insisted.wait())
-        await asyncio.wait((insisted, self._rank.exit_code), timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (insisted, self._rank.exit_code),
+            timeout=longest + DRAIN_MARGIN_SECONDS,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
         if insisted.done() and not self._rank.exit_code.done():
             _logger.info("stopping at once: %d requests are handed back", self._frontend.num_requests)
             self._rank.send(requests.Drain(0.0))
@@ -253,7 +260,6 @@ class _Worker:
     def _export_metrics(self, ready: RankReady) -> None:
         info = self._frontend.info
         facts = {
-            "role": ready.role,
             "loop": ready.loop,
             "model": ready.model,
             "dtype": ready.dtype,
@@ -261,7 +267,28 @@ class _Worker:
             "fingerprint": ready.fingerprint,
             "version": info.version,
         }
-        register_worker(self._registry, lambda: self._frontend.load, facts=facts, transports=info.transports)
+        register_worker(
+            self._registry,
+            lambda: self._frontend.load,
+            self._vitals,
+            WorkerFacts(
+                role=ready.role,
+                model=ready.model,
+                page_tokens=ready.page_tokens,
+                info=facts,
+                transports=info.transports,
+            ),
+            vllm=self._config.telemetry.vllm_metrics,
+        )
+
+    def _vitals(self) -> WorkerVitals:
+        return WorkerVitals(
+            loop_silent_seconds=time.monotonic() - self._heard,
+            frontend_lag_seconds=self._health.loop_lag_seconds,
+            sessions=self._frontend.num_sessions,
+            drain_seconds=self._drain_clock.seconds(),
+            drain_limit_seconds=self._drain_clock.limit_seconds(),
+        )
 
     def _starting_info(self) -> WorkerInfo:
         return WorkerInfo(

@@ -87,6 +87,8 @@ class FirstToken:
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
+    queue_seconds: float = 0.0  # of the prompt, on the exporter
+    prefill_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,11 +85,12 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds that a request spent in each phase on this worker, and the KV that it received."""
+    """Seconds that a request spent in each phase, and the KV that it received."""
 
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
+    queue_seconds: float = 0.0  # until the worker that computed the prompt began with it
+    prefill_seconds: float = 0.0  # the prompt's computation, by whoever computed it
     transfer_seconds: float = 0.0  # first pull to last verified page
+    first_decode_seconds: float = 0.0  # from when decoding could begin to the second token
     decode_seconds: float = 0.0
     transfer_bytes: int = 0
     transport: str = ""  # what moved the KV; empty: computed here

@@ -371,12 +371,17 @@ class FirstToken(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TIMING_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     cached_tokens: _builtins.int
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_service_pb2.TokenLogprob]: ...
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_service_pb2.TokenLogprob]: ...
+    @_builtins.property
+    def timing(self) -> _inference_service_pb2.Timing:
+        """queue, prefill"""
+
     def __init__(
         self,
         *,
@@ -384,10 +389,11 @@ class FirstToken(_message.Message):
         logprobs: _abc.Iterable[_inference_service_pb2.TokenLogprob] | None = ...,
         prompt_logprobs: _abc.Iterable[_inference_service_pb2.TokenLogprob] | None = ...,
         cached_tokens: _builtins.int = ...,
+        timing: _inference_service_pb2.Timing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "timing", b"timing", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -735,6 +735,7 @@ class Timing(_message.Message):
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     KV_TRANSPORT_FIELD_NUMBER: _builtins.int
+    FIRST_DECODE_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     kv_bytes: _builtins.int
@@ -742,13 +743,25 @@ class Timing(_message.Message):
     kv_transport: _builtins.str
     """what moved them; empty: computed where it was decoded"""
     @_builtins.property
-    def queue(self) -> _duration_pb2.Duration: ...
+    def queue(self) -> _duration_pb2.Duration:
+        """until the worker that computed the prompt began with it"""
+
     @_builtins.property
-    def prefill(self) -> _duration_pb2.Duration: ...
+    def prefill(self) -> _duration_pb2.Duration:
+        """the prompt's computation"""
+
     @_builtins.property
-    def kv_transfer(self) -> _duration_pb2.Duration: ...
+    def kv_transfer(self) -> _duration_pb2.Duration:
+        """first read to last verified page; overlaps with prefill"""
+
     @_builtins.property
-    def decode(self) -> _duration_pb2.Duration: ...
+    def decode(self) -> _duration_pb2.Duration:
+        """first token to the end"""
+
+    @_builtins.property
+    def first_decode(self) -> _duration_pb2.Duration:
+        """from when decoding could begin to the second token"""
+
     def __init__(
         self,
         *,
@@ -760,10 +773,11 @@ class Timing(_message.Message):
         decode_worker: _builtins.str = ...,
         kv_bytes: _builtins.int = ...,
         kv_transport: _builtins.str = ...,
+        first_decode: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "kv_transfer", b"kv_transfer", "prefill", b"prefill", "queue", b"queue"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "first_decode", b"first_decode", "kv_transfer", b"kv_transfer", "prefill", b"prefill", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "decode_worker", b"decode_worker", "kv_bytes", b"kv_bytes", "kv_transfer", b"kv_transfer", "kv_transport", b"kv_transport", "prefill", b"prefill", "prefill_worker", b"prefill_worker", "queue", b"queue"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "decode_worker", b"decode_worker", "first_decode", b"first_decode", "kv_bytes", b"kv_bytes", "kv_transfer", b"kv_transfer", "kv_transport", b"kv_transport", "prefill", b"prefill", "prefill_worker", b"prefill_worker", "queue", b"queue"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

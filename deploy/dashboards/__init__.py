@@ -1,0 +1,1 @@
+"""The Grafana dashboards as code. `python -m deploy.dashboards.generate` writes them into the chart."""
