@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 3
 export PYTHON
 
-.PHONY: help demo up test check unit e2e proto format clean
+.PHONY: help demo up test check unit e2e proto chart format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,12 +25,13 @@ up: .venv/.run ## The same, but stay up until Ctrl-C; ARGS="--model DIR --decode
 
 test: check unit ## Everything that CI runs
 
-check: .venv/.dev ## Lint, format, types, generated code
+check: .venv/.dev ## Lint, format, types, generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tandem.rpc.generate --check
 	$(BIN)/python -m deploy.dashboards.generate --check
+	$(BIN)/python scripts/chart --check
 
 unit: .venv/.dev ## The tests, slow ones beside the rest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
@@ -40,6 +41,9 @@ e2e: .venv/.dev ## On a real Kubernetes (TANDEM_TEST_KUBECONFIG, or the test clu
 
 proto: .venv/.dev ## Generate services/tandem/rpc/gen from proto/
 	$(BIN)/python -m tandem.rpc.generate
+
+chart: .venv/.dev ## Generate the chart's schema and its table of values
+	$(BIN)/python scripts/chart
 
 format: .venv/.dev ## Format the code
 	$(BIN)/ruff check --fix .

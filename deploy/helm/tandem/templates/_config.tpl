@@ -4,34 +4,69 @@
 {{- $role := index . 1 -}}
 {{- $v := $root.Values -}}
 {{- $values := index $v $role -}}
+{{- include "tandem.ownedChecks" . -}}
 {{- $path := $v.model.path -}}
 {{- if $v.model.claim }}{{ $path = printf "/models/%s" $path }}{{ end -}}
-{{- $name := $v.model.servedName -}}
-{{- $model := dict "path" $path "revision" $v.model.revision "served_name" $name "dtype" $v.model.dtype "device" $v.model.device "max_context_tokens" (int $v.model.maxContextTokens) -}}
+{{- $model := dict "path" $path "revision" $v.model.revision "served_name" $v.model.servedName "dtype" $v.model.dtype "device" $v.model.device "max_context_tokens" (int $v.model.maxContextTokens) -}}
 {{- $server := dict "host" "0.0.0.0" "port" 50051 "metrics_port" 9090 "drain_seconds" $values.drain.seconds "log_level" $v.logging.level "log_format" $v.logging.format -}}
-{{- $config := dict "model" $model "server" $server -}}
+{{- $telemetry := dict "otlp_endpoint" $v.telemetry.otlpEndpoint "trace_ratio" $v.telemetry.traceRatio "vllm_metrics" $v.telemetry.vllmMetrics "genai_metrics" $v.telemetry.genaiMetrics -}}
+{{- $config := dict "model" $model "server" $server "telemetry" $telemetry -}}
 {{- if eq $role "gateway" -}}
 {{- $_ := set $server "drain_delay_seconds" $values.drain.delaySeconds -}}
-{{- if eq $v.discovery.mode "dns" -}}
-{{- $names := list -}}
-{{- range $worker := splitList "," (include "tandem.roles" $root) -}}
-{{- $names = append $names (printf "%s-%s-headless.%s.svc:50051" (include "tandem.fullname" $root) $worker $root.Release.Namespace) -}}
-{{- end -}}
-{{- $_ := set $config "discovery" (dict "mode" "dns" "dns_names" $names) -}}
-{{- else -}}
-{{- $selector := printf "app.kubernetes.io/name=%s,app.kubernetes.io/instance=%s,llm-d.ai/role" (include "tandem.name" $root) $root.Release.Name -}}
-{{- $_ := set $config "discovery" (dict "mode" "kubernetes" "namespace" $root.Release.Namespace "selector" $selector "port_name" "grpc") -}}
-{{- end -}}
+{{- $_ := set $config "discovery" (include "tandem.discoveryConfig" $root | fromYaml) -}}
 {{- else -}}
 {{- $_ := set $config "scheduler" (dict "loop" $values.loop) -}}
 {{- if ne $role "unified" -}}
-{{- $transfer := dict "transport" $v.transport "port" 50052 -}}
-{{- if $v.rdma.enabled -}}
-{{- $transfer = merge (dict "trusted_network" $v.rdma.trustedNetwork "mooncake_devices" $v.rdma.devices "mooncake_port_min" (int $v.rdma.portMin) "mooncake_port_max" (int $v.rdma.portMax)) $transfer -}}
-{{- end -}}
-{{- $_ := set $config "transfer" $transfer -}}
+{{- $_ := set $config "transfer" (include "tandem.transferConfig" $root | fromYaml) -}}
 {{- end -}}
 {{- if eq $role "prefill" }}{{ $_ := set $server "handoff_port" 50053 }}{{ end -}}
 {{- end -}}
+{{- with include "tandem.tlsConfig" . | fromYaml }}{{ $_ := set $config "tls" . }}{{ end -}}
 {{- mustMergeOverwrite $config (deepCopy $v.config) (deepCopy $values.config) | toPrettyJson -}}
+{{- end }}
+
+{{- define "tandem.discoveryConfig" -}}
+mode: {{ .Values.discovery.mode }}
+{{- if eq .Values.discovery.mode "dns" }}
+dns_names:
+  {{- range $worker := splitList "," (include "tandem.roles" .) }}
+  - {{ include "tandem.fullname" $ }}-{{ $worker }}-headless.{{ $.Release.Namespace }}.svc:50051
+  {{- end }}
+{{- else }}
+namespace: {{ .Release.Namespace }}
+selector: app.kubernetes.io/name={{ include "tandem.name" . }},app.kubernetes.io/instance={{ .Release.Name }},llm-d.ai/role
+port_name: grpc
+{{- end }}
+{{- end }}
+
+{{- define "tandem.transferConfig" -}}
+transport: {{ .Values.transport }}
+port: 50052
+{{- if include "tandem.mooncake" . }}
+trusted_network: true
+mooncake_devices: {{ .Values.rdma.devices | quote }}
+mooncake_port_min: {{ int .Values.rdma.portMin }}
+mooncake_port_max: {{ int .Values.rdma.portMax }}
+{{- end }}
+{{- end }}
+
+{{- define "tandem.tlsConfig" -}}
+{{- $tls := (index . 0).Values.tls -}}
+{{- $clients := and (eq (index . 1) "gateway") $tls.clients.secretName -}}
+{{- if $clients }}
+certificate_file: /etc/tandem-tls/clients/tls.crt
+key_file: /etc/tandem-tls/clients/tls.key
+{{- if $tls.clients.requireClientCertificate }}
+client_ca_file: /etc/tandem-tls/{{ $tls.clients.clientCaSecretName | empty | ternary "clients" "client-ca" }}/ca.crt
+{{- end }}
+{{- end }}
+{{- if $tls.peers.secretName }}
+peer_certificate_file: /etc/tandem-tls/peers/tls.crt
+peer_key_file: /etc/tandem-tls/peers/tls.key
+peer_ca_file: /etc/tandem-tls/peers/ca.crt
+peer_name: {{ $tls.peers.name | quote }}
+{{- end }}
+{{- if or $clients $tls.peers.secretName }}
+reload_seconds: {{ $tls.reloadSeconds }}
+{{- end }}
 {{- end }}

@@ -2,14 +2,23 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end }}
 
+{{/*
+At most 46 characters, so that the longest suffix, -gateway-headless, still makes a Service's name of 63. A longer name
+is cut and carries a hash of the whole: two long releases in one namespace never share an object.
+*/}}
 {{- define "tandem.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
-{{- else if contains (include "tandem.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name (include "tandem.name" .) | trunc 40 | trimSuffix "-" -}}
+{{- $name := .Values.fullnameOverride -}}
+{{- if not $name -}}
+{{- $name = .Release.Name | replace "." "-" -}}
+{{- if not (contains (include "tandem.name" .) $name) }}{{ $name = printf "%s-%s" $name (include "tandem.name" .) }}{{ end -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]" $name) -}}
+{{- fail (printf "fullnameOverride: Services must be named with a letter first, and the release is %s: give a name" .Release.Name) -}}
+{{- end -}}
+{{- if gt (len $name) 46 -}}
+{{- $name = printf "%s-%s" ($name | trunc 37 | trimSuffix "-") (sha256sum $name | trunc 8) -}}
+{{- end -}}
+{{- $name -}}
 {{- end }}
 
 {{/* Minimal and immutable: what a Deployment selects by can never change. Call with (list $ role). */}}
@@ -39,6 +48,13 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- .Values.serviceAccount.name | default (printf "%s-gateway" (include "tandem.fullname" .)) -}}
 {{- end }}
 
+{{/* "true" if the cluster is at least of a version. Call with (list $ "1.24"). */}}
+{{- define "tandem.since" -}}
+{{- $root := index . 0 -}}
+{{- $version := $root.Values.kubeVersion | default $root.Capabilities.KubeVersion.Version -}}
+{{- if semverCompare (printf ">=%s-0" (index . 1)) $version }}true{{ end -}}
+{{- end }}
+
 {{/* The worker roles that run at all, as a comma separated list. */}}
 {{- define "tandem.roles" -}}
 {{- $roles := list -}}
@@ -51,19 +67,26 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- join "," $roles -}}
 {{- end }}
 
-{{/* Seconds until SIGKILL: as given, if that is enough, else what the role needs. Call with (list $ role). */}}
-{{- define "tandem.grace" -}}
-{{- $root := index . 0 -}}
-{{- $role := index . 1 -}}
-{{- $values := index $root.Values $role -}}
-{{- $lease := 0 -}}
-{{- if eq $role "prefill" -}}
-{{- $lease = dig "handoff" "lease_seconds" (dig "handoff" "lease_seconds" 10 $root.Values.config) $values.config | ceil | int -}}
-{{- end -}}
-{{- $needs := add $values.preStopSeconds (dig "delaySeconds" 0 $values.drain) $values.drain.seconds $lease -}}
-{{- $given := int $values.terminationGracePeriodSeconds -}}
-{{- if and (gt $given 0) (lt $given (int (add $needs 5))) -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds is %d; preStop, drain and lease take %d s, and 5 s are needed to end: give at least %d, or 0" $role $given (int $needs) (int (add $needs 5))) -}}
-{{- end -}}
-{{- if gt $given 0 }}{{ $given }}{{ else }}{{ add $needs 15 }}{{ end -}}
+{{/* "true" if Mooncake may carry KV pages, and so needs its ports. */}}
+{{- define "tandem.mooncake" -}}
+{{- if and .Values.rdma.trustedNetwork (ne .Values.transport "tcp") }}true{{ end -}}
+{{- end }}
+
+{{/* "true" if the role's pods are in their node's network, where a NetworkPolicy is not applied. Call with (list $ role). */}}
+{{- define "tandem.hostNetwork" -}}
+{{- $rdma := (index . 0).Values.rdma -}}
+{{- if and $rdma.enabled $rdma.hostNetwork (ne (index . 1) "gateway") }}true{{ end -}}
+{{- end }}
+
+{{/* "true" if weights are downloaded: neither built in, nor a folder. */}}
+{{- define "tandem.downloads" -}}
+{{- $model := .Values.model -}}
+{{- if not (or (eq $model.path "demo") $model.claim (hasPrefix "/" $model.path)) }}true{{ end -}}
+{{- end }}
+
+{{/* How the role's gRPC port is to be spoken to by what stands before it. Call with (list $ role). */}}
+{{- define "tandem.appProtocol" -}}
+{{- $tls := (index . 0).Values.tls -}}
+{{- $secret := eq (index . 1) "gateway" | ternary $tls.clients.secretName $tls.peers.secretName -}}
+{{- $secret | empty | ternary "kubernetes.io/h2c" "https" -}}
 {{- end }}

@@ -4,18 +4,24 @@
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
 {{- $values := index $root.Values $role -}}
-labels:
-  {{- include "tandem.labels" . | nindent 2 }}
+labels: # without the chart's version: pods are not replaced for it
+  {{- include "tandem.selector" . | nindent 2 }}
+  app.kubernetes.io/part-of: tandem
+  app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
   {{- if ne $role "gateway" }}
   llm-d.ai/role: {{ $role }}
   {{- end }}
-  {{- with $values.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
+  {{- with $values.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 annotations:
   checksum/config: {{ include "tandem.config" . | sha256sum }}
   {{- if and $root.Values.rdma.enabled $root.Values.rdma.network (ne $role "gateway") }}
   k8s.v1.cni.cncf.io/networks: {{ $root.Values.rdma.network | quote }}
   {{- end }}
-  {{- with $values.podAnnotations }}{{ toYaml . | nindent 2 }}{{ end }}
+  {{- with $values.podAnnotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end }}
 
 {{- define "tandem.podPlacement" -}}
@@ -25,12 +31,7 @@ annotations:
 terminationGracePeriodSeconds: {{ include "tandem.grace" . }}
 securityContext:
   {{- toYaml $root.Values.podSecurityContext | nindent 2 }}
-{{- with $root.Values.image.pullSecrets }}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . }}
-  {{- end }}
-{{- end }}
+{{- include "tandem.pullSecrets" $root }}
 {{- with $values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -55,6 +56,23 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
+{{- define "tandem.pullSecrets" }}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of every container here, the test's included: what the restricted profile asks for. */}}
+{{- define "tandem.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
 {{- define "tandem.container" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
@@ -66,11 +84,16 @@ priorityClassName: {{ . }}
   env:
     - name: TANDEM_SERVER__ADVERTISE_HOST
       valueFrom: {fieldRef: {fieldPath: status.podIP}}
+    {{- if include "tandem.downloads" $root }}
+    - {name: HF_HOME, value: /var/cache/huggingface}
+    {{- end }}
     {{- with $root.Values.model.tokenSecret.name }}
     - name: HF_TOKEN
       valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.model.tokenSecret.key }}}}
     {{- end }}
-    {{- with $values.extraEnv }}{{ toYaml . | nindent 4 }}{{ end }}
+    {{- with $values.extraEnv }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   ports:
     - {name: grpc, containerPort: 50051, protocol: TCP}
     - {name: metrics, containerPort: 9090, protocol: TCP}
@@ -80,7 +103,7 @@ priorityClassName: {{ . }}
     {{- if eq $role "prefill" }}
     - {name: handoff, containerPort: 50053, protocol: TCP}
     {{- end }}
-  {{- include "tandem.probes" . | nindent 2 }}
+  {{- include "tandem.probes" . | trim | nindent 2 }}
   {{- if gt (int $values.preStopSeconds) 0 }}
   lifecycle:
     preStop: {exec: {command: [sleep, {{ $values.preStopSeconds | quote }}]}}
@@ -88,21 +111,25 @@ priorityClassName: {{ . }}
   resources:
     {{- include "tandem.resources" . | nindent 4 }}
   securityContext:
-    allowPrivilegeEscalation: false
-    readOnlyRootFilesystem: true
-    capabilities:
-      drop: [ALL]
+    {{- include "tandem.containerSecurity" $root | nindent 4 }}
       {{- if and $root.Values.rdma.enabled (ne $role "gateway") }}
       add: [IPC_LOCK] # RDMA pins memory
       {{- end }}
   volumeMounts:
     - {name: config, mountPath: /etc/tandem, readOnly: true}
     - {name: tmp, mountPath: /tmp}
-    - {name: hub, mountPath: /tmp/huggingface}
+    {{- if include "tandem.downloads" $root }}
+    - {name: hub, mountPath: /var/cache/huggingface}
+    {{- end }}
     {{- if $root.Values.model.claim }}
     - {name: models, mountPath: /models, readOnly: true}
     {{- end }}
-    {{- with $values.extraVolumeMounts }}{{ toYaml . | nindent 4 }}{{ end }}
+    {{- with include "tandem.tlsMounts" . | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    {{- with $values.extraVolumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end }}
 
 {{- define "tandem.volumes" -}}
@@ -113,15 +140,20 @@ priorityClassName: {{ . }}
   configMap: {name: {{ include "tandem.fullname" $root }}-{{ $role }}}
 - name: tmp
   emptyDir: {sizeLimit: 1Gi}
+{{- if include "tandem.downloads" $root }}
 - name: hub
   {{- if $root.Values.model.cacheClaim }}
   persistentVolumeClaim: {claimName: {{ $root.Values.model.cacheClaim }}}
   {{- else }}
   emptyDir: {sizeLimit: {{ $root.Values.model.cacheSizeLimit }}}
   {{- end }}
+{{- end }}
 {{- with $root.Values.model.claim }}
 - name: models
   persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- with include "tandem.tlsVolumes" . | trim }}
+{{ . }}
 {{- end }}
 {{- with $values.extraVolumes }}
 {{ toYaml . }}
@@ -144,7 +176,7 @@ priorityClassName: {{ . }}
 {{- $role := index . 1 -}}
 {{- $probes := $root.Values.probes -}}
 {{- $starts := eq $role "gateway" | ternary "live" "ready" -}}
-{{- range $kind, $asks := dict "startup" $starts "readiness" "ready" "liveness" "live" }}
+{{- range $kind, $asks := dict "startup" $starts "readiness" "ready" "liveness" "live" -}}
 {{ $kind }}Probe:
   {{- if $probes.grpc }}
   grpc: {port: 50051, service: {{ eq $asks "live" | ternary "liveness" "readiness" }}}
@@ -152,5 +184,5 @@ priorityClassName: {{ . }}
   httpGet: {path: /{{ $asks }}z, port: metrics}
   {{- end }}
   {{- toYaml (index $probes $kind) | nindent 2 }}
-{{- end }}
+{{ end }}
 {{- end }}
