@@ -179,7 +179,7 @@ def test_a_default_install() -> None:
 def test_roles_without_replicas_leave_nothing_behind() -> None:
     rendered = Rendered(values_of("unified"))
     components = {document["metadata"]["labels"]["app.kubernetes.io/component"] for document in rendered.documents}
-    assert components == {"unified", "gateway", "test"}
+    assert components == {"unified", "gateway", "test", "monitoring"}
     assert "transfer" not in rendered.config("unified")
 
 
