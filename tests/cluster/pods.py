@@ -102,7 +102,11 @@ class Pods:
 
     def metric(self, role: str, name: str, labels: str = "") -> float:
         """Return the sum of a metric over the role's ready pods, read from their metrics ports."""
-        return sum(_sample_sum(self.metrics(pod), name, labels) for pod in self.ready(role))
+        return sum(self.metric_of_each(role, name, labels))
+
+    def metric_of_each(self, role: str, name: str, labels: str = "") -> list[float]:
+        """Return a metric of each of the role's ready pods; its series are summed up."""
+        return [_sample_sum(self.metrics(pod), name, labels) for pod in self.ready(role)]
 
     def metrics(self, pod: Any) -> str:
         """Return what the pod's metrics port says, asked through the API server."""
