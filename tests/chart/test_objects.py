@@ -53,6 +53,13 @@ def test_validation_sees_a_misspelt_field() -> None:
         kubernetes_validate.validate(deployment, VERSIONS[-1], strict=True)
 
 
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_the_same_values_give_the_same_objects(name: str) -> None:
+    """Else pods would be replaced by an upgrade that changes nothing."""
+    first, *others = (Rendered(values_of(name)).documents for _ in range(4))
+    assert all(first == other for other in others)
+
+
 def test_lint() -> None:
     findings = helm.lint(str(CHART), strict=True)
     assert findings["errors"] == []
