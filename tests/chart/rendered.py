@@ -43,7 +43,7 @@ class Rendered:
         self.documents: list[Document] = []
         for path, text in files.items():
             if path.endswith(".yaml"):
-                self.documents += [document for document in yaml.safe_load_all(text) if document]
+                self.documents += [document for document in yaml.load_all(text, Loader=yaml.CSafeLoader) if document]
 
     def of(self, kind: str) -> dict[str, Document]:
         """Return the objects of a kind, by name."""

@@ -169,9 +169,11 @@ def test_rdma(tmp_path: Path) -> None:
         assert (transfer.mooncake_port_min, transfer.mooncake_port_max) == (15000, 15999)
         template, container = rendered.pod_templates()[role], rendered.container(role)
         assert template["metadata"]["annotations"]["k8s.v1.cni.cncf.io/networks"] == "rdma-network"
-        for kind in ("limits", "requests"):
-            assert container["resources"][kind]["rdma/hca_shared_devices_a"] == "1"
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+        device = {"rdma/hca_shared_devices_a": "1"}
+        assert container["resources"] == {
+            "requests": {"cpu": "4", "memory": "16Gi"} | device,
+            "limits": {"memory": "32Gi", "nvidia.com/gpu": 1} | device,
+        }
         assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
         assert "hostNetwork" not in template["spec"]
     gateway = rendered.container("gateway")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import helm_python as helm
 import kubernetes_validate
 import pytest
+import yaml
 
+from tandem.telemetry import table
 from tests.chart.rendered import CHART, VALUE_SETS, WORKERS, Rendered, chart, keys_of, values_of
 
 # The oldest and newest whose schemas there are, and one between.
 VERSIONS = ("1.25", "1.30", kubernetes_validate.latest_version().rpartition(".")[0])
 # Newer than 1.20, wherever they stand.
 NEWER_FIELDS = {"endPort", "unhealthyPodEvictionPolicy", "minDomains", "matchLabelKeys", "nodeTaintsPolicy", "sleep"}
+MAX_CONFIG_MAP_BYTES = 1 << 20
 OPERATOR = {"PodMonitor", "ServiceMonitor", "PrometheusRule"}
 
 
@@ -51,6 +55,13 @@ def test_validation_sees_a_misspelt_field() -> None:
     deployment["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError, match="imagePullPolice"):
         kubernetes_validate.validate(deployment, VERSIONS[-1], strict=True)
+
+
+@pytest.mark.parametrize("name", VALUE_SETS)
+def test_the_same_values_give_the_same_objects(name: str) -> None:
+    """Else pods would be replaced by an upgrade that changes nothing."""
+    first, *others = (Rendered(values_of(name)).documents for _ in range(4))
+    assert all(first == other for other in others)
 
 
 def test_lint() -> None:
@@ -191,6 +202,7 @@ def test_disruption_budgets_can_be_left_out() -> None:
 def test_autoscalers() -> None:
     values = values_of("everything")
     rendered = Rendered(values)
+    gauges = {metric.name for metric in (*table.WORKER_LOAD_METRICS.values(), table.KV_USAGE, table.INFLIGHT)}
     scalers = rendered.by_role("HorizontalPodAutoscaler")
     assert scalers.keys() == {"gateway", *WORKERS}
     for role, scaler in scalers.items():
@@ -199,6 +211,7 @@ def test_autoscalers() -> None:
         assert "replicas" not in deployment["spec"], "an upgrade would undo what the autoscaler has done"
         assert spec["minReplicas"] <= spec["maxReplicas"]
         (metric,) = spec["metrics"]
+        assert metric["pods"]["metric"]["name"] in gauges, "no such figure"
         assert metric["type"] == "Pods", "custom metrics, never CPU"
         assert metric["pods"]["metric"]["name"] == chart().values[role]["autoscaling"]["metric"]
     assert scalers["gateway"]["spec"]["behavior"] == values["gateway"]["autoscaling"]["behavior"]
@@ -221,17 +234,21 @@ def test_monitoring() -> None:
     assert pods["metadata"]["labels"]["release"] == "prometheus"
 
 
-@pytest.mark.skipif(not (CHART / "alerts" / "tandem.yaml").exists(), reason="there are no alerts yet")
 def test_alerts() -> None:
     (rule,) = Rendered(values_of("everything")).of("PrometheusRule").values()
-    assert rule["spec"]["groups"]
+    source = yaml.safe_load((CHART / "alerts" / "tandem.yaml").read_text())
+    assert rule["spec"] == source and source["groups"]
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 
-@pytest.mark.skipif(not list(CHART.glob("dashboards/*.json")), reason="there are no dashboards yet")
 def test_dashboards() -> None:
-    names = {path.name for path in CHART.glob("dashboards/*.json")}
+    names = {path.name: path.read_text() for path in CHART.glob("dashboards/*.json")}
+    assert len(names) >= 3
     maps = [d for d in Rendered().of("ConfigMap").values() if d["metadata"]["labels"].get("grafana_dashboard") == "1"]
-    assert {name for document in maps for name in document["data"]} == names
+    found = {name: text for document in maps for name, text in document["data"].items()}
+    assert {name: text.strip() for name, text in found.items()} == {name: text.strip() for name, text in names.items()}
+    assert all(len(text) < MAX_CONFIG_MAP_BYTES for text in found.values())
+    assert all(json.loads(text)["panels"] for text in found.values())
     off = Rendered({"monitoring": {"dashboards": {"enabled": False}}}).of("ConfigMap").values()
     assert not any("grafana_dashboard" in document["metadata"]["labels"] for document in off)
 

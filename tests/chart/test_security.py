@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tandem.cli.main import main
 from tests.chart.pod_security import violations
 from tests.chart.reachability import Endpoint, endpoint, reaches
 from tests.chart.rendered import VALUE_SETS, WORKERS, Rendered, values_of
@@ -232,3 +234,15 @@ def test_the_test_speaks_tls_and_has_no_key_of_the_service() -> None:
     assert all(path in script for path in files)
     assert "--tls-server-name 'tandem.example.com'" in script
     assert "--tls" not in Rendered().container("test")["args"][0]
+    (variable,) = rendered.container("test")["env"]
+    assert variable["value"] == "tandem-gateway.prod.svc:50051"  # a name that a certificate can have
+
+
+def test_the_flags_that_the_chart_uses_are_real(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    known = set(re.findall(r"--[a-z][-a-z]+", capsys.readouterr().out))
+    rendered = Rendered(values_of("tls"))
+    script, notes = rendered.container("test")["args"][0], rendered.notes.partition("tandem generate")[2]
+    used = set(re.findall(r"(?<=\s)--[a-z][-a-z]+", script + notes))
+    assert {"--tls", "--tls-ca-file", "--tls-server-name", "--tls-certificate-file", "--tls-key-file"} <= used <= known

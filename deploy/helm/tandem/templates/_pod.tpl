@@ -165,8 +165,11 @@ capabilities:
 {{- $role := index . 1 -}}
 {{- $resources := deepCopy (index $root.Values $role).resources -}}
 {{- if and $root.Values.rdma.enabled (ne $role "gateway") -}}
-{{- $device := dict $root.Values.rdma.resourceName (toString $root.Values.rdma.resourceCount) -}}
-{{- $resources = merge (dict "limits" $device "requests" $device) $resources -}}
+{{- range $kind := list "limits" "requests" -}}
+{{- $amounts := get $resources $kind | default dict -}}
+{{- $_ := set $amounts $root.Values.rdma.resourceName (toString $root.Values.rdma.resourceCount) -}}
+{{- $_ := set $resources $kind $amounts -}}
+{{- end -}}
 {{- end -}}
 {{- toYaml $resources -}}
 {{- end }}
