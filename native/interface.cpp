@@ -222,7 +222,7 @@ struct TandemLayer {
     float head_epsilon;
 };
 
-// All layers of a plan in one parallel region; adds to `residual` [tokens, hidden].
+// All layers of a plan in one parallel region; adds to `residual` [tokens, hidden]. Null: only takes the workspace.
 TANDEM_EXPORT std::int32_t tandem_layers(Plan* plan, const TandemLayer* layers, std::int64_t num_layers,
                                          std::int64_t hidden, float* residual) {
     return guarded([&] {
@@ -233,7 +233,7 @@ TANDEM_EXPORT std::int32_t tandem_layers(Plan* plan, const TandemLayer* layers, 
                        packed_linear(layer.qkv), packed_linear(layer.output), packed_linear(layer.gate_up),
                        packed_linear(layer.down), layer.window, layer.epsilon});
         }
-        stack.run();
+        residual == nullptr ? stack.reserve() : stack.run();
     });
 }
 

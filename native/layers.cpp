@@ -12,7 +12,7 @@ void LayerStack::add(const Layer& layer) {
     middle_max_ = std::max(middle_max_, layer.gate_up.shape.outputs);
 }
 
-void LayerStack::run() {
+void LayerStack::reserve() {
     if (rows_ == 0) return;
     const Heads& heads = plan_.heads();
     const std::int64_t query_width = heads.num_heads * heads.head_dim;
@@ -21,6 +21,10 @@ void LayerStack::run() {
     const std::int64_t widest = std::max(qkv_width + 2 * query_width, middle_max_);
     runtime_.activations.reserve(rows_ * (hidden_ + widest) * 4);
     for (const Layer& layer : layers_) build(layer);
+}
+
+void LayerStack::run() {
+    reserve();
     runtime_.pool.run(program_);
 }
 

@@ -22,6 +22,7 @@ public:
     LayerStack(Plan& plan, std::int64_t hidden, float* residual);
 
     void add(const Layer& layer);
+    void reserve();  // the workspace that `run` needs
     void run();
 
 private:

@@ -28,6 +28,7 @@ from tandem.errors import ConfigError
 from tandem.transfer.layout import KvLayout
 from tandem.transfer.memory import PoolMemory
 
+_SAMPLING_COPIES = 2  # float32 copies of a plan's logits: themselves, and what sampling makes of them
 _NO_PART_OF_KV = ("eos_token_ids", "max_context_tokens", "dtype")
 
 
@@ -64,27 +65,20 @@ def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
     """
     kind = _device_kind(config.model)
     num_threads = config.model.threads or usable_cpus()
-    torch.set_num_threads(num_threads)
     checkpoint = locate_checkpoint(config.model, progress)
     device = torch.device("cuda" if kind == "cuda" else "cpu")
     with torch.inference_mode():
-        loaded = _load(config.model, checkpoint, device, progress)
-        one_page = KvLayout(
-            num_pages=1,
-            num_layers=loaded.spec.num_layers,
-            num_kv_heads=loaded.spec.num_kv_heads,
-            page_tokens=config.cache.page_tokens,
-            head_dim=loaded.spec.head_dim,
-            dtype=loaded.dtype,
-        )
-        # Mapped weights are not resident yet, but will be.
-        free_bytes = max(0, _free_bytes(device) - loaded.weights.num_mapped_bytes)
-        layout = sized_layout(one_page, config.cache, free_bytes)
+        spec = _spec(config.model, checkpoint)
+        with CheckpointFiles(checkpoint.folder, spec) as files:
+            loaded = _load(config.model, checkpoint, spec, files, device, progress)
+            operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)
+            progress(f"operators: {operators.name}, numerics {operators.numerics or 'not claimed'}")
+            # The C++ operators have threads of their own; torch has little left to do, its pool would be in the way.
+            torch.set_num_threads(1 if operators.packs_weights else num_threads)
+            decoder = _build_decoder(loaded, operators, progress)
+        layout = _sized_layout(config, loaded, operators, decoder, device)
         progress(f"KV pool: {layout.num_pages} pages of {layout.page_tokens} tokens, {layout.pool_bytes / 1e9:.2f} GB")
         memory = PoolMemory.create(layout.pool_bytes)
-        operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)
-        progress(f"operators: {operators.name}, numerics {operators.numerics or 'not claimed'}")
-        decoder = Decoder(loaded.spec, loaded.weights.tensors, operators)
         ready = _build_device(config, decoder, memory, layout, device, num_threads)
     return Engine(
         device=ready,
@@ -120,27 +114,65 @@ def _device_kind(config: ModelConfig) -> Literal["cpu", "cuda"]:
     return config.device
 
 
-def _load(
-    config: ModelConfig, checkpoint: Checkpoint, device: torch.device, progress: Callable[[str], None]
-) -> _Loaded:
+def _spec(config: ModelConfig, checkpoint: Checkpoint) -> DecoderSpec:
     spec = read_spec(checkpoint.folder)
     if config.max_context_tokens > spec.max_context_tokens:
         raise ConfigError(
             f"model.max_context_tokens: {config.max_context_tokens} asked for, "
             f"the model's context is {spec.max_context_tokens}"
         )
+    return spec
+
+
+def _load(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    files: CheckpointFiles,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> _Loaded:
     digest = _spec_digest(spec)
     if config.max_context_tokens:
         spec = replace(spec, max_context_tokens=config.max_context_tokens)
-    began = time.monotonic()
-    with CheckpointFiles(checkpoint.folder, spec) as files:
-        dtype = _dtype(config, spec.dtype or files.dtype)
-        progress(f"loading {spec.architecture} from {checkpoint.folder} as {dtype}")
-        _check_memory(expected_bytes(spec, TORCH_DTYPES[dtype].itemsize), device)
-        weights = files.load(TORCH_DTYPES[dtype], device, progress)
-    progress(f"loaded {weights.num_bytes / 1e9:.2f} GB of weights in {time.monotonic() - began:.1f} s")
+    dtype = _dtype(config, spec.dtype or files.dtype)
+    progress(f"loading {spec.architecture} from {checkpoint.folder} as {dtype}")
+    _check_memory(expected_bytes(spec, TORCH_DTYPES[dtype].itemsize), device)
+    weights = files.load(TORCH_DTYPES[dtype], device, progress)
     whole = hashlib.sha256(f"{digest}/{weights.digest}/{checkpoint.revision}".encode()).hexdigest()[:32]
     return _Loaded(spec, weights, dtype, whole)
+
+
+def _build_decoder(loaded: _Loaded, operators: Operators, progress: Callable[[str], None]) -> Decoder:
+    """Bring the weights to where they are computed with."""
+    began = time.monotonic()
+    decoder = Decoder(loaded.spec, loaded.weights.tensors, operators)
+    verb = "packed" if operators.packs_weights else "loaded"
+    progress(f"{verb} {loaded.weights.num_bytes / 1e9:.2f} GB of weights in {time.monotonic() - began:.1f} s")
+    return decoder
+
+
+def _sized_layout(
+    config: Config, loaded: _Loaded, operators: Operators, decoder: Decoder, device: torch.device
+) -> KvLayout:
+    """The pool takes its share of what weights and workspace leave; both are there by now, though not all touched."""
+    spec = loaded.spec
+    one_page = KvLayout(
+        num_pages=1,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        page_tokens=config.cache.page_tokens,
+        head_dim=spec.head_dim,
+        dtype=loaded.dtype,
+    )
+    budget_tokens = config.scheduler.budget_tokens
+    shaped_pool = torch.empty((1, *one_page.page_shape), dtype=TORCH_DTYPES[loaded.dtype], device=device)
+    decoder.reserve(budget_tokens, shaped_pool)
+    sampled = min(budget_tokens, config.scheduler.max_running_requests)
+    taken = operators.workspace_bytes + _SAMPLING_COPIES * sampled * spec.vocab_size * 4
+    if not operators.packs_weights:
+        taken += loaded.weights.num_mapped_bytes  # not resident yet, but they will be
+    return sized_layout(one_page, config.cache, max(0, _free_bytes(device) - taken))
 
 
 def _check_memory(num_bytes: int, device: torch.device) -> None:

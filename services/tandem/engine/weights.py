@@ -1,12 +1,14 @@
-"""Opens a checkpoint's safetensors files, checks them against a spec, and brings the tensors into memory.
+"""Opens a checkpoint's safetensors files, checks them against a spec, and brings the tensors into memory one by one.
 
 Tensors that already have the wanted type stay mapped from the file: they cost no copy, and workers on one machine
-share them in the page cache.
+share them in the page cache. Whoever packs them needs them only once: what was read some tensors ago is given back,
+so that a model is in memory once while it is loaded, not twice.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tandem.engine.mapped import MappedFiles
 from tandem.engine.models.fields import read_json
 from tandem.engine.models.spec import DecoderSpec
 from tandem.engine.models.tensors import EMBEDDING, OUTPUT_HEAD, expected_tensors, is_ignored
@@ -25,17 +28,19 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SHOWN = 8  # tensors named in one line of an error
 _SAMPLES, _SAMPLE_BYTES = 8, 64
+_RECENT_TENSORS = 8  # queries, keys and values with their biases, and some more
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The parameters by their published names: matrices and their biases in the wanted type, norms in float32.
 
-    `digest` identifies the weights as they are in the files; `num_bytes` is their size in memory, of which
-    `num_mapped_bytes` are still to be read from the files when they are first touched.
+    They are read and converted when they are asked for, which is possible as long as the files are open; what was got
+    stays valid after. `digest` identifies the weights as they are in the files; `num_bytes` is their size in memory,
+    of which `num_mapped_bytes` are mapped from the files.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     digest: str
     num_bytes: int
     num_mapped_bytes: int
@@ -48,12 +53,14 @@ class CheckpointFiles:
         self._folder = folder
         self._spec = spec
         self._stack = ExitStack()
+        self._paths: list[Path] = []
         self._files: dict[str, Any] = {}  # tensor name -> open file
 
     def __enter__(self) -> CheckpointFiles:
         """Open and check every file; raises ConfigError that names what is missing, unexpected or of a wrong shape."""
         try:
-            for path in _file_paths(self._folder):
+            self._paths = _file_paths(self._folder)
+            for path in self._paths:
                 self._open(path)
             self._check()
         except BaseException:
@@ -70,25 +77,24 @@ class CheckpointFiles:
         return _FLOATS[self._files[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
 
     def load(self, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Weights:
-        """Bring all parameters into memory as `dtype` (norms as float32) on `device`."""
+        """Describe all parameters, as `dtype` (norms as float32) on `device`; they are read when they are asked for."""
         digest = hashlib.sha256()
-        tensors: dict[str, torch.Tensor] = {}
-        num_mapped_bytes = 0
+        mapped = MappedFiles(self._paths)
+        num_bytes, num_mapped_bytes = 0, 0
         converted: set[str] = set()
         for name in sorted(expected_tensors(self._spec)):
             stored = self._read(name)
             _add_to_digest(digest, name, stored)
-            target = torch.float32 if name.endswith("norm.weight") else dtype
-            tensor = stored.to(device=device, dtype=target)
-            if tensor.data_ptr() == stored.data_ptr():
-                num_mapped_bytes += tensor.nbytes
+            target = _target_dtype(name, dtype)
+            num_bytes += stored.numel() * target.itemsize
+            if device.type == "cpu" and stored.dtype == target:
+                num_mapped_bytes += stored.nbytes
             elif stored.dtype != target and target == dtype:
                 converted.add(str(stored.dtype).removeprefix("torch."))
-            tensors[name] = tensor
-        self._check_tied_head()
+        self._check_tied_head(mapped)
         if converted:
-            progress(f"converted {', '.join(sorted(converted))} weights to {str(dtype).removeprefix('torch.')}")
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            progress(f"converts {', '.join(sorted(converted))} weights to {str(dtype).removeprefix('torch.')}")
+        tensors = _Tensors(self._read, tuple(expected_tensors(self._spec)), dtype, device, mapped)
         return Weights(tensors, digest.hexdigest()[:32], num_bytes, num_mapped_bytes)
 
     def _open(self, path: Path) -> None:
@@ -118,14 +124,55 @@ class CheckpointFiles:
         if faults:
             raise ConfigError("\n".join(f"{self._folder}: {fault}" for fault in faults[: 4 * _SHOWN]))
 
-    def _check_tied_head(self) -> None:
+    def _check_tied_head(self, mapped: MappedFiles) -> None:
         """A head that the config calls tied may be in the file, but only as the embedding's equal."""
         if not self._spec.tied_embeddings or OUTPUT_HEAD not in self._files:
             return
-        if not torch.equal(self._read(OUTPUT_HEAD), self._read(EMBEDDING)):
+        head, embedding = self._read(OUTPUT_HEAD), self._read(EMBEDDING)
+        if not torch.equal(head, embedding):
             raise ConfigError(
                 f"{self._folder}: tie_word_embeddings is set, but {OUTPUT_HEAD} is there and differs from {EMBEDDING}"
             )
+        for tensor in (head, embedding):
+            mapped.forget(tensor)
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """Reads and converts a tensor when it is asked for, and gives back the pages of those asked for before."""
+
+    def __init__(
+        self,
+        read: Callable[[str], torch.Tensor],
+        names: tuple[str, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        mapped: MappedFiles,
+    ) -> None:
+        self._read = read
+        self._names = frozenset(names)
+        self._dtype = dtype
+        self._device = device
+        self._mapped = mapped
+        self._recent: deque[torch.Tensor] = deque()  # as stored; one operator may need as many at once
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        stored = self._read(name)
+        self._recent.append(stored)
+        if len(self._recent) > _RECENT_TENSORS:
+            self._mapped.forget(self._recent.popleft())
+        return stored.to(device=self._device, dtype=_target_dtype(name, self._dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _target_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith("norm.weight") else dtype
 
 
 def _file_paths(folder: Path) -> list[Path]:

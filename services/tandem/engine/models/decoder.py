@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from tandem.engine.models.rope import inverse_frequencies
@@ -47,6 +48,19 @@ class Decoder:
         residual = self._embedding(token_ids)
         self._layers(self._operators.begin(batch, pool, self._shape), residual)
         return residual
+
+    def reserve(self, num_tokens: int, pool: torch.Tensor) -> None:
+        """Take the workspace of a plan of so many tokens; of `pool` only the shape and type matter."""
+        counts = np.arange(num_tokens)
+        batch = TokenBatch(
+            page_tokens=pool.shape[4],
+            offsets=np.array([0, num_tokens]),
+            starts=np.array([0]),
+            positions=counts,
+            slots=np.zeros_like(counts),
+            page_table=np.zeros((1, -(-num_tokens // pool.shape[4])), dtype=np.int64),
+        )
+        self._layers.reserve(self._operators.begin(batch, pool, self._shape), self._spec.hidden_size)
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         """[n, hidden] rows of `forward`'s result -> [n, vocabulary] float32."""

@@ -17,6 +17,9 @@ class ComposedLayers:
         self._parts = tuple(parts)
         self._epsilon = epsilon
 
+    def reserve(self, step: AttentionStep, hidden: int) -> None:
+        """Operators one by one take what they need when they run."""
+
     def __call__(self, step: AttentionStep, residual: torch.Tensor) -> None:
         rms_norm, epsilon = self._operators.rms_norm, self._epsilon
         for number, layer in enumerate(self._parts):

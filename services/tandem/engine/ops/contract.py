@@ -114,6 +114,10 @@ class LayerStack(Protocol):
         """Take a plan through the layers: reads and adds to `residual` [N, H] float32, stores into the pool."""
         ...
 
+    def reserve(self, step: AttentionStep, hidden: int) -> None:
+        """Take the workspace that such a plan needs, without running it."""
+        ...
+
 
 class Operators(Protocol):
     """One set of operators. `numerics` is empty unless a row's bits are proven not to depend on other rows."""
@@ -123,6 +127,16 @@ class Operators(Protocol):
 
     @property
     def numerics(self) -> str: ...
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether linears copy their weights, so that those given are not needed any more."""
+        ...
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes that are held between calls: they grow with the largest plan so far."""
+        ...
 
     @property
     def activation_dtype(self) -> torch.dtype: ...

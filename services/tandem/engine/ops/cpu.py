@@ -65,6 +65,7 @@ class CpuOperators:
     """
 
     activation_dtype = torch.float32
+    packs_weights = True
 
     def __init__(self, kernels: str = "auto", num_threads: int = 1, library: ctypes.CDLL | None = None) -> None:
         library = library or load_library()
@@ -83,7 +84,6 @@ class CpuOperators:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes that are held between calls: they grow with the largest plan so far."""
         return self._runtime.workspace_bytes
 
     def linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> CpuLinear:
@@ -118,7 +118,7 @@ class CpuOperators:
         return outputs
 
     def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
-        return CpuLayers(self._runtime.library, parts, epsilon)
+        return CpuLayers(parts, epsilon)
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:
         return head(hidden)

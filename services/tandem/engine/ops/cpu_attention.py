@@ -93,6 +93,10 @@ class CpuAttention:
             self._runtime.library.tandem_layers(self._plan, layers, len(layers), residual.shape[1], residual.data_ptr())
         )
 
+    def reserve_layers(self, layers: ctypes.Array[LayerFields], hidden: int) -> None:
+        """Take the workspace that `run_layers` of this plan needs."""
+        _check(self._runtime.library.tandem_layers(self._plan, layers, len(layers), hidden, None))
+
 
 def _check(status: int) -> None:
     if status:

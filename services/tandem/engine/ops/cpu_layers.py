@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,8 +21,7 @@ class PackedLinear(Protocol):
 class CpuLayers:
     """See `contract.LayerStack`. Holds the layers' weights."""
 
-    def __init__(self, library: ctypes.CDLL, parts: Sequence[LayerParts], epsilon: float) -> None:
-        self._library = library
+    def __init__(self, parts: Sequence[LayerParts], epsilon: float) -> None:
         self._parts = tuple(parts)  # the fields below point into their memory
         self._fields = (LayerFields * len(self._parts))()
         for fields, part in zip(self._fields, self._parts, strict=True):
@@ -31,13 +29,20 @@ class CpuLayers:
         self._shape: AttentionShape | None = None  # whose windows the fields have
 
     def __call__(self, step: AttentionStep, residual: torch.Tensor) -> None:
-        assert isinstance(step, CpuAttention), "a plan of another operator set"
         assert residual.is_contiguous() and residual.dtype == torch.float32
+        self._own(step).run_layers(self._fields, residual)
+
+    def reserve(self, step: AttentionStep, hidden: int) -> None:
+        self._own(step).reserve_layers(self._fields, hidden)
+
+    def _own(self, step: AttentionStep) -> CpuAttention:
+        """Return the step as what it is, its windows known to the layers."""
+        assert isinstance(step, CpuAttention), "a plan of another operator set"
         if step.shape is not self._shape:
             for fields, window in zip(self._fields, step.shape.windows, strict=True):
                 fields.window = window or 0
             self._shape = step.shape
-        step.run_layers(self._fields, residual)
+        return step
 
 
 def _fill(fields: LayerFields, part: LayerParts, epsilon: float) -> None:

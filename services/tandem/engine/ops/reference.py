@@ -30,6 +30,8 @@ class ReferenceOperators:
     """
 
     name = "reference"
+    packs_weights = False
+    workspace_bytes = 0  # torch's own allocator keeps what it likes
     numerics = ""  # torch's own products depend on the size of the batch: nothing is claimed
 
     def __init__(self, activation_dtype: torch.dtype) -> None:
