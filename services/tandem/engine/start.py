@@ -85,7 +85,7 @@ def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
         memory=memory,
         layout=layout,
         spec=loaded.spec,
-        fingerprint=layout.fingerprint(loaded.digest),
+        fingerprint=layout.fingerprint(loaded.digest, loaded.spec.num_layers, loaded.spec.num_kv_heads),
         numerics=_numerics(operators, loaded.dtype),
         operators=operators.name,
         weight_bytes=loaded.weights.num_bytes,

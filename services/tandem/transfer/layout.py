@@ -40,7 +40,11 @@ class KvLayout:
     def pool_bytes(self) -> int:
         return self.num_pages * self.page_bytes
 
-    def fingerprint(self, model_digest: str) -> str:
-        """What must be equal for two workers to pair. `num_pages` is not part of it."""
-        shape = "x".join(str(size) for size in self.page_shape)
+    def fingerprint(self, model_digest: str, num_layers: int, num_kv_heads: int) -> str:
+        """What must be equal for two workers to pair: the whole model's KV, however its ranks share it.
+
+        `num_pages` is not part of it.
+        """
+        _, _, _, page_tokens, head_dim = self.page_shape
+        shape = f"{num_layers}x2x{num_kv_heads}x{page_tokens}x{head_dim}"
         return f"{model_digest}/{self.dtype}/page-major-{shape}/protocol-{PROTOCOL_VERSION}"
