@@ -33,7 +33,7 @@ def test_precedence_is_file_environment_flags(tmp_path: Path) -> None:
     assert config.scheduler.budget_tokens == 31
     assert config.scheduler.max_running_requests == 22
     assert config.scheduler.max_waiting_requests == 13
-    assert config.scheduler.loop == "overlap"
+    assert config.scheduler.loop == "auto"
 
 
 def test_json_file_named_by_the_environment(tmp_path: Path) -> None:

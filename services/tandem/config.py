@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Role = Literal["prefill", "decode", "unified"]
 OperatorChoice = Literal["auto", "reference", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
-LoopName = Literal["normal", "overlap"]
+LoopName = Literal["auto", "normal", "overlap"]
 TransportChoice = Literal["auto", "mooncake-rdma", "mooncake-tcp", "tcp"]
 
 
@@ -34,12 +34,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    loop: LoopName = setting("overlap", "event loop: overlap plans while the device computes, normal does not")
+    loop: LoopName = setting(
+        "auto", "event loop: overlap plans while the device computes, normal does not; auto: pipelined with stages"
+    )
     budget_tokens: int = setting(1024, "most tokens of one plan (chunked prefill)", low=1, high=1 << 20)
     step_seconds_max: float = setting(0.2, "a plan's length by the measured rate, seconds; 0: no bound", low=0)
     max_running_requests: int = setting(256, "requests that are computed at once", low=1, high=65536)
     max_waiting_requests: int = setting(4096, "requests that wait; more are refused as overloaded", low=1)
     max_local_prefills: int = setting(2, "prompts that decode computes at once after prefill peers failed", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    tensor_size: int = setting(1, "ranks that share every layer's heads and columns", low=1, high=64)
+    pipeline_size: int = setting(1, "stages that share the layers; more than 1: pipelined loops", low=1, high=64)
+    data_size: int = setting(1, "copies of the model in a worker, each with its own scheduler", low=1, high=64)
+    expert_size: int = setting(1, "ranks that share the experts of a layer", low=1, high=64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +165,7 @@ class TelemetryConfig:
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)

@@ -27,12 +27,12 @@ Program = Literal["gateway", "prefill", "decode", "unified"]
 FILE_VARIABLE = "TANDEM_CONFIG"
 MAX_FILE_BYTES = 1 << 20
 
-_WORKER_SECTIONS = ("model", "scheduler", "cache", "handoff", "transfer", "server", "tls", "telemetry")
+_WORKER_SECTIONS = ("model", "scheduler", "parallel", "cache", "handoff", "transfer", "server", "tls", "telemetry")
 PROGRAM_SECTIONS: dict[Program, tuple[str, ...]] = {
     "gateway": ("model", "gateway", "discovery", "server", "tls", "telemetry"),
     "prefill": _WORKER_SECTIONS,
     "decode": _WORKER_SECTIONS,
-    "unified": ("model", "scheduler", "cache", "server", "tls", "telemetry"),
+    "unified": ("model", "scheduler", "parallel", "cache", "server", "tls", "telemetry"),
 }
 _WILDCARDS = ("0.0.0.0", "::", "")
 SHORT_FLAGS = {
@@ -215,6 +215,7 @@ def _check_together(program: Program, config: Config) -> list[str]:
         faults += [f"gateway.{key}: {a!r} is not host:port" for a in addresses if not _is_address(a)]
     if program == "gateway":
         faults += _check_discovery(config)
+    faults += _check_parallel(config)
     faults += _check_tls(config.tls)
     endpoint = config.telemetry.otlp_endpoint
     if endpoint and not _is_endpoint(endpoint):
@@ -238,6 +239,16 @@ def _check_discovery(config: Config) -> list[str]:
             f"discovery.dns_names: {name!r} is not host:port" for name in discovery.dns_names if not _is_address(name)
         ]
     return faults
+
+
+def _check_parallel(config: Config) -> list[str]:
+    stages = config.parallel.pipeline_size
+    if config.scheduler.loop == "overlap" and stages > 1:
+        return [
+            f"scheduler.loop: overlap cannot run with parallel.pipeline_size {stages}: a stage has no last token to go"
+            " on from until the plan before has left the last stage; leave it at auto, which is pipelined then"
+        ]
+    return []
 
 
 def _check_tls(tls: TlsConfig) -> list[str]:

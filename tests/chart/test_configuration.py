@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tandem.config import Config
+from tandem.config import Config, ParallelConfig
 from tandem.config_load import PROGRAM_SECTIONS, Program, load
 from tests.chart.rendered import VALUE_SETS, Rendered, values_of
 
@@ -69,13 +69,23 @@ def test_defaults(tmp_path: Path) -> None:
     gateway, prefill, decode = (loaded(rendered, role, tmp_path) for role in ("gateway", "prefill", "decode"))
     assert gateway.model == prefill.model == decode.model
     assert decode.model.path == "demo"
-    assert (prefill.scheduler.loop, decode.scheduler.loop) == ("overlap", "overlap")
+    assert (prefill.scheduler.loop, decode.scheduler.loop) == ("auto", "auto")
+    assert prefill.parallel == decode.parallel == ParallelConfig()
     assert (gateway.server.drain_delay_seconds, gateway.server.drain_seconds) == (5, 600)
     assert (prefill.server.drain_seconds, decode.server.drain_seconds) == (60, 30)
     assert gateway.server.log_format == decode.server.log_format == "json"
     assert not decode.transfer.trusted_network
     assert gateway.tls == decode.tls == Config().tls
     assert gateway.telemetry == decode.telemetry == Config().telemetry
+
+
+def test_sizes_are_each_roles_own(tmp_path: Path) -> None:
+    rendered = Rendered(
+        {"prefill": {"parallel": {"tensorSize": 2, "pipelineSize": 4}}, "decode": {"parallel": {"dataSize": 3}}}
+    )
+    prefill, decode = (loaded(rendered, role, tmp_path).parallel for role in ("prefill", "decode"))
+    assert prefill == ParallelConfig(tensor_size=2, pipeline_size=4)
+    assert decode == ParallelConfig(data_size=3)
 
 
 def test_loops_are_each_roles_own(tmp_path: Path) -> None:

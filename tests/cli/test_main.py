@@ -11,6 +11,7 @@ import pytest
 
 from tandem.cli.config_help import help_text
 from tandem.cli.main import main
+from tandem.cli.programs import PLANNED_SIZES
 from tandem.config_load import PROGRAM_SECTIONS, Program, load
 from tandem.config_values import SETTINGS
 from tandem.core.roles import all_loops
@@ -95,10 +96,39 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert "no gateway answers at 127.0.0.1:1" in error and "tandem up" in error
 
 
-def test_loops_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["loops"]) == 0
+def marked(text: str) -> list[str]:
+    return [line.split()[1] for line in text.splitlines() if line.startswith("* ") and "selected" not in line]
+
+
+@pytest.mark.parametrize(
+    ("words", "selected", "reason"),
+    [
+        ([], ["overlap", "overlap_prefill", "overlap_decode"], "scheduler.loop is auto"),
+        (["prefill", "--parallel.pipeline-size", "4"], ["pipelined_prefill"], "parallel.pipeline_size is 4"),
+        (["decode", "--loop", "normal"], ["normal_decode"], "overlap is off"),
+    ],
+)
+def test_loops_are_listed_and_the_selected_one_is_marked(
+    words: list[str], selected: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["loops", *words]) == 0
     text = capsys.readouterr().out
-    assert all(loop.name in text for loop in all_loops())
+    assert all(f" {loop.name} " in text for loop in all_loops(2))
+    assert "event_loop_pp_disagg_prefill" in text and "event_loop_normal " in text
+    assert marked(text) == selected and reason in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+@pytest.mark.parametrize("words", [["pre"], ["--loop", "overlap", "--parallel.pipeline-size", "2"]])
+def test_loops_refuses_what_cannot_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["loops", *words]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", PLANNED_SIZES)
+def test_what_cannot_be_started_yet_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unified", f"--parallel.{size.replace('_', '-')}", "2"]) == 2
+    assert f"parallel.{size} = 2" in capsys.readouterr().err
 
 
 def test_the_command_line_loads_neither_torch_nor_grpc() -> None:

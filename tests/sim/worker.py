@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tandem.config import LoopName, Role
+from tandem.config import Role
 from tandem.core.messages import handoff, transfer
 from tandem.core.messages.requests import Ended, Tokens
-from tandem.core.roles import select_loop
+from tandem.core.roles import Pacing, loop_of
 from tandem.core.scheduler import Scheduler, Tick
 from tandem.core.settings import SchedulerSettings
 from tests.sim.device import HashDevice
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 class SimWorker:
     """A process life. A restarted worker is a new object with a new instance id."""
 
-    def __init__(self, world: World, role: Role, loop_name: LoopName) -> None:
+    def __init__(self, world: World, role: Role, loop_name: Pacing) -> None:
         options = world.options
         self.world = world
         self.role: Role = role
-        self.loop_name: LoopName = loop_name
+        self.loop_name: Pacing = loop_name
         self.instance_id = world.random.randbytes(8)
         self.name = f"{role}-{self.instance_id.hex()[:4]}"
         self.alive = True
-        loop = select_loop(role, loop_name)
+        loop = loop_of(role, loop_name)
         num_pages = options.prefill_pages if role == "prefill" else options.decode_pages
         settings = SchedulerSettings(
             role=role,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from tandem.config import HandoffConfig, LoopName, SchedulerConfig
+from tandem.config import HandoffConfig, SchedulerConfig
 from tandem.core.messages.handoff import (
     EndCode,
     OpenReceived,
@@ -20,6 +20,7 @@ from tandem.core.messages.handoff import (
     StreamLost,
 )
 from tandem.core.messages.requests import Drain
+from tandem.core.roles import Pacing
 from tests.sim.client import Client
 from tests.sim.transfer import SimTransfer
 from tests.sim.worker import SimWorker
@@ -39,8 +40,8 @@ COUNTED = (
 class Options:
     """What one simulated run is like. `faults` scales every fault's probability; 0 is a calm day."""
 
-    prefill_loop: LoopName = "overlap"
-    decode_loop: LoopName = "overlap"
+    prefill_loop: Pacing = "overlap"
+    decode_loop: Pacing = "overlap"
     num_prefill: int = 2
     num_decode: int = 2
     unified: bool = False

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from tandem.config import LoopName, Role
+from tandem.config import Role
 from tandem.core.messages.requests import Drain, Ended, Submit, Tokens
 from tandem.core.messages.sampling import SamplingParams
-from tandem.core.roles import select_loop
+from tandem.core.roles import Pacing, loop_of
 from tandem.core.scheduler import Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.core.token_ids import pack
@@ -36,7 +36,7 @@ class RankBench:
     """`received` is everything that came through the pipe, in order."""
 
     def __init__(
-        self, role: Role, loop: LoopName, device: CountingDevice, link: Callable[[CountingDevice], TransferLink] | None
+        self, role: Role, loop: Pacing, device: CountingDevice, link: Callable[[CountingDevice], TransferLink] | None
     ) -> None:
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours, TO_RANK, TO_FRONTEND)
@@ -44,7 +44,7 @@ class RankBench:
         self.error: BaseException | None = None
         self.device = device
         self.num_turns = 0
-        row = select_loop(role, loop)
+        row = loop_of(role, loop)
         settings = SchedulerSettings(
             role=role,
             chain=row.chain,
@@ -123,7 +123,7 @@ class RankBench:
 @contextmanager
 def running_rank(
     role: Role = "unified",
-    loop: LoopName = "overlap",
+    loop: Pacing = "overlap",
     device: CountingDevice | None = None,
     link: Callable[[CountingDevice], TransferLink] | None = None,
 ) -> Iterator[RankBench]:

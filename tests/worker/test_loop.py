@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tandem.config import LoopName
 from tandem.core.messages.plans import Plan
 from tandem.core.messages.requests import Cancel, Drain, Ended, EndReason, Tokens
 from tandem.core.messages.worker import Stats
+from tandem.core.roles import Pacing
 from tandem.engine.device import DeviceFailed
 from tandem.ipc import ChannelClosed
 from tandem.worker.chores import CHECK_SECONDS, IDLE_SECONDS, STATS_SECONDS
@@ -19,11 +19,11 @@ from tandem.worker.messages import StepEnded
 from tests.fakes.device import CountingDevice
 from tests.worker.rank_bench import VOCAB_SIZE, running_rank
 
-LOOPS: tuple[LoopName, ...] = ("normal", "overlap")
+LOOPS: tuple[Pacing, ...] = ("normal", "overlap")
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_requests_get_their_tokens_in_order(loop: LoopName) -> None:
+def test_requests_get_their_tokens_in_order(loop: Pacing) -> None:
     with running_rank(loop=loop) as rank:
         for request_id in range(1, 9):
             rank.submit(request_id, [request_id * 100], max_tokens=10)
@@ -34,7 +34,7 @@ def test_requests_get_their_tokens_in_order(loop: LoopName) -> None:
 
 
 @pytest.mark.parametrize(("loop", "most"), [("normal", 1), ("overlap", 2)])
-def test_as_many_plans_are_launched_as_the_loop_allows(loop: LoopName, most: int) -> None:
+def test_as_many_plans_are_launched_as_the_loop_allows(loop: Pacing, most: int) -> None:
     seen: list[int] = []
     device = CountingDevice(VOCAB_SIZE, seconds=0.002)
     launch = device.launch

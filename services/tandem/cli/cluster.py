@@ -26,8 +26,8 @@ class Shape:
     num_decode: int = 1
     num_unified: int = 0
     transport: TransportChoice = "auto"
-    prefill_loop: LoopName = "overlap"
-    decode_loop: LoopName = "overlap"
+    prefill_loop: LoopName = "auto"
+    decode_loop: LoopName = "auto"
     port: int = 50051
     settings: tuple[tuple[str, str], ...] = ()
     config_file: str = ""

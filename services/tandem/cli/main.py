@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tandem.cli.programs import run
 
             return run(name, words[1:], os.environ)
+        if name == "loops":
+            from tandem.cli import loops
+
+            return loops.run(words[1:], os.environ)
         arguments = _parser().parse_args(words or ["--help"])
         return int(arguments.run(arguments))
     except ConfigError as error:
@@ -72,8 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_run_chat)
     doctor = commands.add_parser("doctor", help="what this machine has, what is lost without the rest, how to get it")
     doctor.set_defaults(run=_run_doctor)
-    loops = commands.add_parser("loops", help="the event loops")
-    loops.set_defaults(run=_run_loops)
+    commands.add_parser("loops", help="the event loops, and which one a configuration selects")
     add_bench(commands)
     return parser
 
@@ -104,7 +107,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_transport_and_loop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transport", choices=get_args(TransportChoice), default="auto", help="what moves KV pages")
-    parser.add_argument("--loop", choices=get_args(LoopName), default="overlap", help="event loop of the workers")
+    parser.add_argument("--loop", choices=get_args(LoopName), default="auto", help="event loop of the workers")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="a setting for all")
 
 
@@ -138,13 +141,6 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     lines, code = report()
     print("\n".join(lines))
     return code
-
-
-def _run_loops(arguments: argparse.Namespace) -> int:
-    from tandem.cli.loops import table
-
-    print(table())
-    return 0
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import msgspec
 
-from tandem.config import CacheConfig, Config, LoopName, ModelConfig, OperatorChoice, SchedulerConfig
+from tandem.config import CacheConfig, Config, ModelConfig, OperatorChoice, SchedulerConfig
 from tandem.core.messages.requests import Drain, Ended, EndReason, Submit, Tokens
 from tandem.core.messages.sampling import SamplingParams
-from tandem.core.roles import select_loop
+from tandem.core.roles import Pacing, loop_of
 from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.core.token_ids import pack
@@ -35,7 +35,7 @@ from tandem.errors import ConfigError, TandemError
 from tandem.worker.chores import Chores
 from tandem.worker.loop import run
 
-LOOPS: tuple[LoopName, ...] = ("normal", "overlap")
+LOOPS: tuple[Pacing, ...] = ("normal", "overlap")
 _POOL_BYTES = 1 << 30
 _SHORTEST = 0.5  # of the longest prompt and answer
 
@@ -59,7 +59,7 @@ class LoopsRequest:
 class Round:
     """One pass of the load through one loop; seconds. `host_seconds`: the loop's thread outside of its wait."""
 
-    loop: LoopName
+    loop: Pacing
     wall_seconds: float
     device_seconds: float
     host_seconds: float
@@ -145,9 +145,9 @@ def make_load(request: LoopsRequest, vocab_size: int, seed: int = 0) -> list[Sub
     return load
 
 
-def run_round(engine: Engine, loop_name: LoopName, load: Sequence[Submit], concurrency: int) -> Round:
+def run_round(engine: Engine, loop_name: Pacing, load: Sequence[Submit], concurrency: int) -> Round:
     """Serve the load with a scheduler of its own; the device and its pool stay."""
-    loop = select_loop("unified", loop_name)
+    loop = loop_of("unified", loop_name)
     settings = SchedulerSettings(
         role="unified",
         chain=loop.chain,

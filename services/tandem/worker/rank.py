@@ -76,7 +76,7 @@ def _serve(start: StartRank, frontend: Channel) -> None:
     try:
         _warm_up(engine, progress)
         transfer = _start_transfer(start, engine, progress)
-        loop = select_loop(start.role, start.config.scheduler.loop)
+        loop = select_loop(start.role, start.config.scheduler.loop, start.config.parallel.pipeline_size).loop
         scheduler = Scheduler(_settings(start, engine, loop), lambda: secrets.token_bytes(TOKEN_BYTES))
         if transfer.ready is not None:
             scheduler.handle(transfer.ready, time.monotonic())

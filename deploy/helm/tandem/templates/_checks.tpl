@@ -79,6 +79,10 @@ model.dtype: model.dtype
 model.device: model.device
 model.max_context_tokens: model.maxContextTokens
 scheduler.loop: ROLE.loop
+parallel.tensor_size: ROLE.parallel.tensorSize
+parallel.pipeline_size: ROLE.parallel.pipelineSize
+parallel.data_size: ROLE.parallel.dataSize
+parallel.expert_size: ROLE.parallel.expertSize
 transfer.transport: transport
 transfer.trusted_network: rdma.trustedNetwork
 transfer.port: ""

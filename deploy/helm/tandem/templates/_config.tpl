@@ -16,6 +16,8 @@
 {{- $_ := set $config "discovery" (include "tandem.discoveryConfig" $root | fromYaml) -}}
 {{- else -}}
 {{- $_ := set $config "scheduler" (dict "loop" $values.loop) -}}
+{{- $sizes := $values.parallel -}}
+{{- $_ := set $config "parallel" (dict "tensor_size" (int $sizes.tensorSize) "pipeline_size" (int $sizes.pipelineSize) "data_size" (int $sizes.dataSize) "expert_size" (int $sizes.expertSize)) -}}
 {{- if ne $role "unified" -}}
 {{- $_ := set $config "transfer" (include "tandem.transferConfig" $root | fromYaml) -}}
 {{- end -}}
