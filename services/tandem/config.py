@@ -29,7 +29,7 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
     ops: OperatorChoice = setting("auto", "operators; auto: the C++ ones where this CPU has kernels, else reference")
     max_context_tokens: int = setting(0, "cut of the model's context length; 0: the model's own", low=0)
-    threads: int = setting(0, "compute threads of a worker; 0: the CPUs this process may use", low=0, high=1024)
+    threads: int = setting(0, "compute threads of a worker, all replicas; 0: the CPUs it may use", low=0, high=1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,10 @@ class SchedulerConfig:
     )
     budget_tokens: int = setting(1024, "most tokens of one plan (chunked prefill)", low=1, high=1 << 20)
     step_seconds_max: float = setting(0.2, "a plan's length by the measured rate, seconds; 0: no bound", low=0)
-    max_running_requests: int = setting(256, "requests that are computed at once", low=1, high=65536)
-    max_waiting_requests: int = setting(4096, "requests that wait; more are refused as overloaded", low=1)
+    max_running_requests: int = setting(256, "requests that are computed at once, by each replica", low=1, high=65536)
+    max_waiting_requests: int = setting(
+        4096, "requests that wait, for each replica; more are refused as overloaded", low=1
+    )
     max_local_prefills: int = setting(2, "prompts that decode computes at once after prefill peers failed", low=1)
 
 
@@ -48,15 +50,15 @@ class SchedulerConfig:
 class ParallelConfig:
     tensor_size: int = setting(1, "ranks that share every layer's heads and columns", low=1, high=64)
     pipeline_size: int = setting(1, "stages that share the layers; more than 1: pipelined loops", low=1, high=64)
-    data_size: int = setting(1, "copies of the model in a worker, each with its own scheduler", low=1, high=64)
+    data_size: int = setting(1, "copies of the model in a worker, which share its threads and memory", low=1, high=64)
     expert_size: int = setting(1, "ranks that share the experts of a layer", low=1, high=64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     page_tokens: int = setting(16, "tokens in a KV page", low=1, high=1024)
-    pool_bytes: int = setting(0, "KV pool of one worker in bytes; 0: see memory_fraction", low=0)
-    memory_fraction: float = setting(0.25, "share of the free memory that the KV pool takes", low=0.01, high=0.95)
+    pool_bytes: int = setting(0, "KV pools of one worker in bytes, all replicas; 0: see memory_fraction", low=0)
+    memory_fraction: float = setting(0.25, "share of the free memory that the KV pools take", low=0.01, high=0.95)
     pool_bytes_max: int = setting(4 << 30, "bound of memory_fraction in bytes", low=1 << 20)
     prefix_cache: bool = setting(True, "reuse the pages of equal prompt beginnings")
 
@@ -64,7 +66,7 @@ class CacheConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffConfig:
     lease_seconds: float = setting(10.0, "how long prefill keeps a hand-off whose stream ended unreleased", low=0.05)
-    importer_share: float = setting(0.5, "share of prefill's pool that one decode worker may pin", low=0.01, high=1.0)
+    importer_share: float = setting(0.5, "share of prefill's pool that one decode replica may pin", low=0.01, high=1.0)
     pull_pages_max: int = setting(256, "pages of one pull", low=1, high=65536)
     progress_seconds: float = setting(5.0, "a pull without progress for this long is broken off", low=0.1)
     connect_seconds: float = setting(2.0, "time to reach a prefill worker", low=0.1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.config import CacheConfig, Config, ModelConfig
+from tandem.config import CacheConfig, Config, ModelConfig, ParallelConfig
 from tandem.engine import start as start_module
 from tandem.engine.pool import host_pool, sized_layout
 from tandem.engine.start import start_engine
@@ -82,6 +82,30 @@ def test_weights_that_do_not_fit(tmp_path: Path, start: EngineStarter, monkeypat
     monkeypatch.setattr(start_module, "available_memory_bytes", lambda: 100_000)
     with pytest.raises(ConfigError, match=r"the weights take 0.00 GB, 0.00 GB of memory are free"):
         start(tmp_path)
+
+
+def test_the_first_replica_leaves_room_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(QWEN2, tmp_path)
+    free = 1 << 30
+    monkeypatch.setattr(start_module, "available_memory_bytes", lambda: free)
+
+    def pool_and_weights(data_size: int) -> tuple[int, int]:
+        cache = CacheConfig(memory_fraction=0.5)
+        config = Config(
+            model=ModelConfig(path=str(tmp_path), device="cpu", threads=1),
+            parallel=ParallelConfig(data_size=data_size),
+            cache=cache,
+        )
+        engine = start_engine(config, lambda _: None)
+        engine.device.close()
+        return engine.layout.pool_bytes, engine.weight_bytes
+
+    alone, weight_bytes = pool_and_weights(1)
+    page_bytes = 1 << 16
+    assert abs(alone - pool_and_weights(64)[0] - 63 * weight_bytes / 2) < page_bytes
+    free = 10 * weight_bytes
+    with pytest.raises(ConfigError, match=r"the weights take 64 \(parallel.data_size\) times 0.00 GB"):
+        pool_and_weights(64)
 
 
 def test_pool_view_is_the_shared_memory() -> None:

@@ -70,7 +70,7 @@ def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
     with torch.inference_mode():
         spec = _spec(config.model, checkpoint)
         with CheckpointFiles(checkpoint.folder, spec) as files:
-            loaded = _load(config.model, checkpoint, spec, files, device, progress)
+            loaded = _load(config, checkpoint, spec, files, device, progress)
             operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)
             progress(f"operators: {operators.name}, numerics {operators.numerics or 'not claimed'}")
             # The C++ operators have threads of their own; torch has little left to do, its pool would be in the way.
@@ -125,7 +125,7 @@ def _spec(config: ModelConfig, checkpoint: Checkpoint) -> DecoderSpec:
 
 
 def _load(
-    config: ModelConfig,
+    config: Config,
     checkpoint: Checkpoint,
     spec: DecoderSpec,
     files: CheckpointFiles,
@@ -133,11 +133,11 @@ def _load(
     progress: Callable[[str], None],
 ) -> _Loaded:
     digest = _spec_digest(spec)
-    if config.max_context_tokens:
-        spec = replace(spec, max_context_tokens=config.max_context_tokens)
-    dtype = _dtype(config, spec.dtype or files.dtype)
+    if config.model.max_context_tokens:
+        spec = replace(spec, max_context_tokens=config.model.max_context_tokens)
+    dtype = _dtype(config.model, spec.dtype or files.dtype)
     progress(f"loading {spec.architecture} from {checkpoint.folder} as {dtype}")
-    _check_memory(expected_bytes(spec, TORCH_DTYPES[dtype].itemsize), device)
+    _check_memory(expected_bytes(spec, TORCH_DTYPES[dtype].itemsize), config.parallel.data_size, device)
     weights = files.load(TORCH_DTYPES[dtype], device, progress)
     whole = hashlib.sha256(f"{digest}/{weights.digest}/{checkpoint.revision}".encode()).hexdigest()[:32]
     return _Loaded(spec, weights, dtype, whole)
@@ -172,14 +172,17 @@ def _sized_layout(
     taken = operators.workspace_bytes + _SAMPLING_COPIES * sampled * spec.vocab_size * 4
     if not operators.packs_weights:
         taken += loaded.weights.num_mapped_bytes  # not resident yet, but they will be
+    taken += (config.parallel.data_size - 1) * loaded.weights.num_bytes  # of replicas that start after this one
     return sized_layout(one_page, config.cache, max(0, _free_bytes(device) - taken))
 
 
-def _check_memory(num_bytes: int, device: torch.device) -> None:
+def _check_memory(num_bytes: int, num_replicas: int, device: torch.device) -> None:
     free_bytes = _free_bytes(device)
-    if num_bytes > free_bytes:
+    if num_replicas * num_bytes > free_bytes:
+        times = f"{num_replicas} (parallel.data_size) times " if num_replicas > 1 else ""
         raise ConfigError(
-            f"model.path: the weights take {num_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB of memory are free"
+            f"model.path: the weights take {times}{num_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB of memory are "
+            "free"
         )
 
 

@@ -1,7 +1,7 @@
-"""The worker program: composes frontend, hand-off ends and rank 0 for one role, and sees it through its life.
+"""The worker program: composes frontend, hand-off ends and replicas for one role, and sees it through its life.
 
-The frontend is this process; it holds no torch. Rank 0 is a process of its own: when it dies, the worker says why and
-ends, within two seconds; when this process dies, the kernel takes the rank along.
+The frontend is this process; it holds no torch. The rank 0 of each replica is a process of its own: when one dies, the
+worker says why and ends, within two seconds; when this process dies, the kernel takes the ranks along.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,8 +21,12 @@ from prometheus_client import CollectorRegistry
 
 from tandem.certificates import between_pods
 from tandem.config import Config, Role
+from tandem.core.merged_load import merge_loads
 from tandem.core.messages import handoff, requests
 from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
+from tandem.core.stats import LoadSnapshot
+from tandem.engine.host import usable_cpus
+from tandem.errors import TandemError
 from tandem.rpc.convert_worker import worker_info
 from tandem.rpc.tls import ClientTls
 from tandem.telemetry.drain import DrainClock
@@ -32,9 +37,10 @@ from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
 from tandem.worker.handoff_server import HandoffServer
 from tandem.worker.lifespan import StopSignals
-from tandem.worker.messages import StartRank, StepEnded
+from tandem.worker.messages import StepEnded
 from tandem.worker.peer_channels import PeerChannels
-from tandem.worker.rank_process import RankProcess
+from tandem.worker.replica_router import ReplicaRouter
+from tandem.worker.replica_set import ReplicaSet
 from tandem.worker.servers import WorkerServers
 from tandem.worker.spans import WorkerSpans
 
@@ -87,10 +93,13 @@ class _Worker:
         self._on_ready = ready
         self._on_progress = progress
         self._instance_id = secrets.token_bytes(16)
-        self._host = config.server.advertise_host or config.server.host
-        self._failed: RankFailed | None = None
-        self._rank: RankProcess | None = None
-        self._heard = time.monotonic()  # from the rank
+        host = config.server.advertise_host or config.server.host
+        self._replicas = ReplicaSet(role, config, self._instance_id, host, usable_cpus())
+        self._router = ReplicaRouter(
+            self._replicas.send, config.handoff, prefix_cache=config.cache.prefix_cache, clock=time.monotonic
+        )
+        self._loads = [LoadSnapshot()] * len(self._replicas)
+        self._num_steps = 0  # turns of all loops
         self._doing = "starting"  # what the start is at
         self._registry = CollectorRegistry()
         info = self._starting_info()
@@ -98,12 +107,10 @@ class _Worker:
             config.telemetry, service=f"tandem-{role}", instance=info.worker_id, version=info.version
         )
         spans = self._spans = WorkerSpans(self._tracer)
-        self._frontend = Frontend(self._send, info, spans)
-        self._handoff_server = HandoffServer(self._send, self._instance_id, spans) if role == "prefill" else None
+        self._frontend = Frontend(self._router.send, info, spans)
+        self._handoff_server = HandoffServer(self._router.send, self._instance_id, spans) if role == "prefill" else None
         self._certificates = between_pods(config.tls)
-        tls = ClientTls.between_pods(self._certificates) if self._certificates is not None else None
-        channels = PeerChannels(config.handoff.connect_seconds, tls=tls)
-        self._handoff_client = HandoffClient(self._send, channels, spans) if role == "decode" else None
+        self._handoff_clients = self._clients() if role == "decode" else []
         self._health = Health(self._not_ready, self._fault)
         self._drain_clock = DrainClock()
         self._servers = WorkerServers(
@@ -112,45 +119,38 @@ class _Worker:
         self._handlers = self._dispatch_table()
 
     async def start(self) -> None:
-        """Start the rank's process, listen, not ready yet, and tell the rank who it is."""
-        self._rank = await RankProcess.spawn(self._receive)  # before gRPC has threads, which a fork does not like
+        """Start the ranks' processes, listen, not ready yet, and tell the ranks who they are."""
+        await self._replicas.spawn(self._receive)  # before gRPC has threads, which a fork does not like
         self._tracer.start()
         if self._certificates is not None:
             self._certificates.start()
         await self._servers.start()
         self._frontend.start()
-        self._rank.send(
-            StartRank(role=self._role, config=self._config, instance_id=self._instance_id, worker_host=self._host)
-        )
+        self._replicas.start()
 
     async def run(self, stop: StopSignals) -> int:
         """Wait for the end, whoever brings it, and return the exit code."""
-        assert self._rank is not None
         asked = asyncio.create_task(stop.asked.wait())
-        await asyncio.wait((asked, self._rank.exit_code), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((asked, self._replicas.exit_code), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
-        if self._rank.exit_code.done():
-            return self._rank_died(self._rank.exit_code.result())
+        if self._replicas.exit_code.done():
+            return self._rank_died()
         if self._frontend.info.state == "starting":
             return 0  # nobody was served yet
         return await self._drain(stop)
 
     async def close(self) -> None:
         """End everything that is still there."""
-        clean = self._rank is not None and self._rank.exit_code.done() and not self._rank.exit_code.result()
-        if self._handoff_client is not None:
-            await self._handoff_client.close()
+        await asyncio.gather(*(client.close() for client in self._handoff_clients))
         await self._frontend.close()
-        await self._servers.stop(STOP_SECONDS if clean else 0)
-        if self._rank is not None:
-            await self._rank.close()
+        await self._servers.stop(STOP_SECONDS if self._replicas.ended_well else 0)
+        await self._replicas.close()
         if self._certificates is not None:
             self._certificates.close()
         self._spans.close()
         await asyncio.get_running_loop().run_in_executor(None, self._tracer.close)
 
     async def _drain(self, stop: StopSignals) -> int:
-        assert self._rank is not None
         grace = self._config.server.drain_seconds
         _logger.info("stopping: %d requests have %g s to end", self._frontend.num_requests, grace)
         longest = grace + (self._config.handoff.lease_seconds if self._role == "prefill" else 0)
@@ -159,66 +159,63 @@ class _Worker:
         self._frontend.set_state("draining")
         if self._handoff_server is not None:
             self._handoff_server.drain()
-        self._rank.send(requests.Drain(grace))
+        exit_code = self._replicas.exit_code
+        self._replicas.stop(requests.Drain(grace))
         insisted = asyncio.create_task(stop.insisted.wait())
         await asyncio.wait(
-            (insisted, self._rank.exit_code),
-            timeout=longest + DRAIN_MARGIN_SECONDS,
-            return_when=asyncio.FIRST_COMPLETED,
+            (insisted, exit_code), timeout=longest + DRAIN_MARGIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
-        if insisted.done() and not self._rank.exit_code.done():
+        if insisted.done() and not exit_code.done():
             _logger.info("stopping at once: %d requests are handed back", self._frontend.num_requests)
-            self._rank.send(requests.Drain(0.0))
-            await asyncio.wait((self._rank.exit_code,), timeout=DRAIN_MARGIN_SECONDS)
+            self._replicas.stop(requests.Drain(0.0))
+            await asyncio.wait((exit_code,), timeout=DRAIN_MARGIN_SECONDS)
         insisted.cancel()
-        if self._rank.exit_code.done():
-            code = self._rank.exit_code.result()
-            return 0 if code == 0 and self._failed is None else self._rank_died(code)
+        if exit_code.done():
+            return 0 if self._replicas.ended_well else self._rank_died()
         _logger.error("stopped with %d requests unfinished", self._frontend.num_requests)
         return 1
 
-    def _rank_died(self, code: int) -> int:
-        assert self._rank is not None
-        if self._failed is not None:
-            _logger.error("rank 0 failed: %s", self._failed.message)
-            return self._failed.exit_code or 1
-        how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        last_words = self._rank.last_words()
-        _logger.error("rank 0 ended %s%s", how, f"; it said last:\n{last_words}" if last_words else "")
-        return 1
+    def _rank_died(self) -> int:
+        why, code = self._replicas.why_ended()
+        _logger.error("%s", why)
+        return code
 
-    # ---- the rank's messages --------------------------------------------------------------------------------------
+    # ---- the ranks' messages --------------------------------------------------------------------------------------
 
-    def _send(self, message: object) -> None:
-        if self._rank is not None:
-            self._rank.send(message)
-
-    def _receive(self, messages: list[Any]) -> None:
-        self._heard = time.monotonic()
+    def _receive(self, replica: int, messages: list[Any]) -> None:
         for message in messages:
-            self._handlers[type(message)](message)
+            self._router.heard(replica, message)
+            self._handlers[type(message)](replica, message)
 
-    def _dispatch_table(self) -> dict[type, Callable[[Any], None]]:
-        table: dict[type, Callable[[Any], None]] = {
+    def _dispatch_table(self) -> dict[type, Callable[[int, Any], None]]:
+        frontend, clients = self._frontend, self._handoff_clients
+        table: dict[type, Callable[[int, Any], None]] = {
             StartupProgress: self._progressed,
             RankReady: self._became_ready,
-            RankFailed: self._rank_failed,
-            Stats: self._frontend.stats,
-            StepEnded: self._frontend.step_ended,
-            requests.Tokens: self._frontend.tokens,
-            requests.Ended: self._frontend.ended,
+            RankFailed: self._replicas.failed,
+            Stats: self._reported,
+            StepEnded: self._step_ended,
+            requests.Tokens: lambda replica, tokens: frontend.tokens(tokens),
+            requests.Ended: lambda replica, ended: frontend.ended(ended),
+            handoff.OpenStream: lambda replica, effect: clients[replica].open(effect),
+            handoff.SendRelease: lambda replica, effect: clients[replica].release(effect),
+            handoff.DropStream: lambda replica, effect: clients[replica].drop(effect),
         }
-        if self._handoff_client is not None:
-            table |= {
-                handoff.OpenStream: self._handoff_client.open,
-                handoff.SendRelease: self._handoff_client.release,
-                handoff.DropStream: self._handoff_client.drop,
-            }
-        if self._handoff_server is not None:
-            respond = self._handoff_server.respond
+        server = self._handoff_server
+        if server is not None:
             sends = (handoff.SendAccepted, handoff.SendAnnounce, handoff.SendFirstToken, handoff.SendComplete)
-            table |= dict.fromkeys(sends, respond) | {handoff.EndStream: self._handoff_server.end}
+            table |= dict.fromkeys(sends, lambda replica, effect: server.respond(effect))
+            table[handoff.EndStream] = lambda replica, effect: server.end(effect)
         return table
+
+    def _clients(self) -> list[HandoffClient]:
+        """A client for each replica: its scheduler numbers its streams itself."""
+        tls = ClientTls.between_pods(self._certificates) if self._certificates is not None else None
+        seconds = self._config.handoff.connect_seconds
+        return [
+            HandoffClient(partial(self._replicas.send, replica), PeerChannels(seconds, tls=tls), self._spans)
+            for replica in range(len(self._replicas))
+        ]
 
     def _not_ready(self) -> str:
         state = self._frontend.info.state
@@ -226,20 +223,35 @@ class _Worker:
 
     def _fault(self) -> str:
         """A rank that has started reports every few seconds, whether or not it has work."""
-        silent = time.monotonic() - self._heard
+        silent = max(self._replicas.silent_seconds())
         if self._frontend.info.state == "starting" or silent < SILENT_SECONDS:
             return ""
-        return f"the event loop of rank 0 has not reported for {silent:.0f} s"
+        where = "" if len(self._replicas) == 1 else f" of replica {self._replicas.silent_seconds().index(silent)}"
+        return f"the event loop of rank 0{where} has not reported for {silent:.0f} s"
 
-    def _progressed(self, progress: StartupProgress) -> None:
-        self._doing = progress.message
+    def _progressed(self, replica: int, progress: StartupProgress) -> None:
+        name = "" if len(self._replicas) == 1 else f"replica {replica}: "
+        self._doing = name + progress.message
         if self._on_progress is not None:
-            self._on_progress(progress.message)
+            self._on_progress(self._doing)
 
-    def _rank_failed(self, failed: RankFailed) -> None:
-        self._failed = failed
+    def _reported(self, replica: int, stats: Stats) -> None:
+        self._loads[replica] = stats.load
+        self._frontend.stats(Stats(merge_loads(self._loads)))
 
-    def _became_ready(self, ready: RankReady) -> None:
+    def _step_ended(self, replica: int, step: StepEnded) -> None:
+        self._num_steps += 1
+        self._frontend.step_ended(StepEnded(self._num_steps, step.mono_ns))
+
+    def _became_ready(self, replica: int, rank: RankReady) -> None:
+        try:
+            ready = self._replicas.became_ready(replica, rank)
+        except TandemError as error:
+            self._replicas.give_up(replica, RankFailed(error.message))
+            return
+        if ready is None:
+            return
+        self._router.open_for(ready)
         info = worker_info(
             ready,
             worker_id=self._frontend.info.worker_id,
@@ -266,6 +278,7 @@ class _Worker:
             "operators": ready.operators,
             "fingerprint": ready.fingerprint,
             "version": info.version,
+            "data_size": str(ready.data_size),
         }
         register_worker(
             self._registry,
@@ -283,7 +296,7 @@ class _Worker:
 
     def _vitals(self) -> WorkerVitals:
         return WorkerVitals(
-            loop_silent_seconds=time.monotonic() - self._heard,
+            loop_silent_seconds=max(self._replicas.silent_seconds()),
             frontend_lag_seconds=self._health.loop_lag_seconds,
             sessions=self._frontend.num_sessions,
             drain_seconds=self._drain_clock.seconds(),

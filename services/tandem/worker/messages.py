@@ -16,12 +16,16 @@ from tandem.ipc import Schema
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRank:
-    """The first message to a rank: who it is. `worker_host` is where peers reach this worker."""
+    """The first message to a rank: who it is. `worker_host` is where peers reach this worker.
+
+    `instance_id` names its scheduler to prefill workers; `replica` is its index where the worker has several.
+    """
 
     role: Role
     config: Config
     instance_id: bytes
     worker_host: str
+    replica: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ def main() -> int:
     except ChannelClosed:
         return 0
     server = start.config.server
-    logging.set_up(server.log_level, server.log_format, program=f"{start.role}/rank0")
+    replica = "" if start.replica is None else f"/replica{start.replica}"
+    logging.set_up(server.log_level, server.log_format, program=f"{start.role}{replica}/rank0")
     from tandem.worker.rank import serve  # imports torch: after the signals and the parent are settled
 
     return serve(start, channel)

@@ -11,12 +11,16 @@ from tandem.core.stats import LoadSnapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReady:
-    """Rank 0 has loaded the model, sized the pool and passed its transfer self-test; it takes requests now."""
+    """Rank 0 has loaded the model, sized the pool and passed its transfer self-test; it takes requests now.
+
+    Of a worker with several replicas: pages, running requests and weights are sums, the bounds of a request are those
+    of each replica.
+    """
 
     role: str
     loop: str  # one of the nine names, e.g. overlap_decode
     model: str
-    max_total_num_tokens: int  # pool size in tokens
+    max_total_num_tokens: int  # pool size of a replica in tokens: what one request may fill
     max_req_input_len: int  # the longest prompt that this worker accepts
     max_context_tokens: int
     max_running_requests: int
@@ -34,6 +38,7 @@ class RankReady:
     imports: tuple[str, ...]
     transport_notes: tuple[str, ...]
     startup_seconds: float = 0.0
+    data_size: int = 1  # replicas behind one frontend
 
 
 @dataclass(frozen=True, slots=True)
