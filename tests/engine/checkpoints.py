@@ -27,6 +27,7 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
     published: bool = False
     shard_size: str = "1GB"
+    fused: bool = False  # tensors are written as transformers has them in memory, not as they are published
 
 
 _LLAMA3 = {
@@ -38,6 +39,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_QWEN3_MOE = {"num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 40, "head_dim": 16}
 
 VARIANTS = (
     Variant("llama2", "LlamaConfig", {"num_key_value_heads": 4}, published=True, shard_size="100KB"),
@@ -61,6 +63,22 @@ VARIANTS = (
     ),
     Variant("qwen3", "Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}, shard_size="100KB"),
     Variant("qwen3_biased", "Qwen3Config", {"head_dim": 16, "attention_bias": True}, published=True),
+    Variant("mixtral", "MixtralConfig", {"num_local_experts": 6}, published=True, shard_size="100KB"),
+    Variant(
+        "mixtral_fused", "MixtralConfig", {"num_local_experts": 4, "sliding_window": 21, "head_dim": 16}, fused=True
+    ),
+    Variant(
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        _QWEN3_MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2},
+        published=True,
+    ),
+    Variant(
+        "qwen3_moe_fused",
+        "Qwen3MoeConfig",
+        _QWEN3_MOE | {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9},
+        fused=True,
+    ),
 )
 
 
@@ -83,7 +101,8 @@ def write_checkpoint(
     config = getattr(transformers, variant.config_class)(**(settings | variant.settings | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     fill_weights(model, np.random.default_rng(seed), dtype)
-    model.to(dtype).save_pretrained(folder, max_shard_size=variant.shard_size)
+    layout = {"save_original_format": False} if variant.fused else {}
+    model.to(dtype).save_pretrained(folder, max_shard_size=variant.shard_size, **layout)
     model.to(torch.float32)
     if variant.published:
         edit_json(folder / "config.json", _to_published_spelling)
@@ -99,8 +118,8 @@ def fill_weights(model: Any, generator: np.random.Generator, dtype: torch.dtype)
                 values = 1.0 + 0.2 * values
             elif name == "model.embed_tokens.weight":
                 values = values * 0.3  # next to what the layers add, so that a tied head does not repeat its input
-            elif parameter.dim() == 2:
-                values = values * 1.5 / np.sqrt(parameter.shape[1])
+            elif parameter.dim() >= 2:
+                values = values * 1.5 / np.sqrt(parameter.shape[-1])
             parameter.copy_(torch.from_numpy(values.astype(np.float32)).to(dtype))
 
 
@@ -117,3 +136,5 @@ def _to_published_spelling(config: dict[str, Any]) -> None:
     config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     config["torch_dtype"] = config.pop("dtype")
     config.pop("layer_types", None)
+    if "num_local_experts" in config and config["model_type"] != "mixtral":
+        config["num_experts"] = config.pop("num_local_experts")

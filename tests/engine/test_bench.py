@@ -38,9 +38,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_made_checkpoint_is_served(tmp_path: Path, dtype: str, start: EngineStarter) -> None:
-    folder = made(tmp_path / "model", dtype=dtype)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [("tiny", "bfloat16"), ("tiny", "float32"), ("tiny-mixtral", "bfloat16"), ("tiny-qwen3-moe", "bfloat16")],
+)
+def test_a_made_checkpoint_is_served(tmp_path: Path, shape: str, dtype: str, start: EngineStarter) -> None:
+    folder = made(tmp_path / "model", shape, dtype=dtype)
     assert all(str(tensor.dtype) == f"torch.{dtype}" for tensor in tensors_of(folder).values())
     engine = start(folder)
     assert engine.layout.dtype == dtype
@@ -93,6 +96,18 @@ def test_work_counts_every_weight_once_and_every_visible_key() -> None:
     chunk = work_of(spec, [row(2, 3, sampled=False)], 4)
     assert chunk.num_bytes == 4 * (weights - vocabulary * hidden + 2 * kv * 5)
     assert chunk.flops == 2 * 3 * matrices + 4 * 128 * (3 + 4 + 5)
+
+
+def test_work_counts_the_experts_that_tokens_choose() -> None:
+    config = {**SHAPES["tiny-mixtral"], "num_hidden_layers": 1}
+    one, two = (parse_spec({**config, "num_experts_per_tok": count}, {}) for count in (1, 2))
+    expert = 3 * 128 * 96
+    many = [row(0, 1) for _ in range(200)]
+    assert work_of(two, [row(0, 1)], 2).num_bytes - work_of(one, [row(0, 1)], 2).num_bytes == 2 * expert
+    assert work_of(two, many, 2).flops - work_of(one, many, 2).flops == 2 * 200 * expert
+    assert work_of(two, many, 2).num_bytes - work_of(one, [row(0, 1)], 2).num_bytes == pytest.approx(
+        2 * 7 * expert + 2 * 2 * 2 * 32 * 199
+    )
 
 
 def test_a_window_hides_keys() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tandem.engine.models.experts import ExpertsSpec
 from tandem.engine.models.rope import RopeSpec, inverse_frequencies
 from tandem.engine.models.spec import DecoderSpec, parse_spec
 from tandem.errors import ConfigError
@@ -23,6 +24,8 @@ LLAMA: dict[str, Any] = {
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "num_key_value_heads": 4}
+QWEN3_MOE = LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 4}
 
 
 def parse(config: dict[str, Any], generation: dict[str, Any] | None = None, **changes: Any) -> DecoderSpec:
@@ -72,6 +75,41 @@ def test_windows() -> None:
     assert parse(QWEN2, **switched, layer_types=types).windows == (8, None, None, 8)
 
 
+def test_experts() -> None:
+    mixtral = parse(MIXTRAL)
+    assert mixtral.experts == ExpertsSpec(
+        num_experts=8, experts_per_token=2, intermediate_size=96, normalized=True, layers=(True,) * 4
+    )
+    assert (mixtral.rope.theta, mixtral.norm_epsilon, mixtral.num_kv_heads) == (1e6, 1e-5, 4)
+    assert mixtral.windows == (None,) * 4 != parse(MIXTRAL, sliding_window=8).windows
+    assert parse(LLAMA).experts is None
+    qwen = parse(QWEN3_MOE, decoder_sparse_step=2, mlp_only_layers=[3], num_experts=16, moe_intermediate_size=24)
+    assert qwen.experts == ExpertsSpec(
+        num_experts=16, experts_per_token=8, intermediate_size=24, normalized=False, layers=(False, True, False, False)
+    )
+    assert [qwen.has_experts(layer) for layer in range(4)] == [False, True, False, False]
+    newer = parse(QWEN3_MOE, num_local_experts=16, norm_topk_prob=True).experts
+    assert newer is not None and (newer.num_experts, newer.normalized) == (16, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_shared_experts": 1}, "n_shared_experts 1 is not supported"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size 64 is not supported"),
+        ({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported"),
+        ({"num_experts": 4}, "num_experts_per_tok 8 is more than there are experts, 4"),
+        ({"num_experts": 16, "num_local_experts": 8}, "num_local_experts is 8, and num_experts is 16"),
+        ({"mlp_only_layers": ["last"]}, "mlp_only_layers is not a list of layers"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is not an integer of at least 1: 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals_of_experts(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(QWEN3_MOE, **changes)
+
+
 def test_context_length() -> None:
     assert parse(LLAMA).max_context_tokens == 128
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -82,7 +120,7 @@ def test_context_length() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported"),
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not supported"),
         ({"architectures": None, "model_type": "gpt2"}, "architecture gpt2 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported .method awq"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tests.engine.checkpoints import VARIANTS, edit_json, write_checkpoint
 LLAMA3 = next(variant for variant in VARIANTS if variant.name == "llama3")
 TIED = next(variant for variant in VARIANTS if variant.name == "qwen2")
 SHARDED = next(variant for variant in VARIANTS if variant.name == "llama2")
+MIXTRAL = next(variant for variant in VARIANTS if variant.name == "mixtral_fused")
+FUSED_DOWN = "model.layers.1.mlp.experts.down_proj"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -25,6 +28,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
     spec = read_spec(folder)
     with CheckpointFiles(folder, spec) as files:
         return files.load(dtype, torch.device("cpu"), lambda _: None)
+
+
+def read_all(folder: Path, dtype: torch.dtype) -> Tensors:
+    spec = read_spec(folder)
+    with CheckpointFiles(folder, spec) as files:
+        return dict(files.load(dtype, torch.device("cpu"), lambda _: None).tensors)
 
 
 def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
@@ -147,6 +156,40 @@ def test_digest(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"].flip(0)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert load(folder).digest != digests["whole"]
+
+
+def test_published_and_fused_experts_are_one_model(tmp_path: Path) -> None:
+    """The digest is of what the tensors are, not of how they lie in the file; routers are never narrowed."""
+    write_checkpoint(MIXTRAL, tmp_path / "fused")
+    write_checkpoint(replace(MIXTRAL, fused=False), tmp_path / "published")
+    assert load(tmp_path / "published").digest == load(tmp_path / "fused").digest
+    published, fused = (read_all(tmp_path / name, torch.bfloat16) for name in ("published", "fused"))
+    assert published.keys() == fused.keys()
+    assert all(torch.equal(published[name], fused[name]) for name in published)
+    assert {name for name in fused if fused[name].dtype == torch.float32} == {
+        name for name in fused if name.endswith(("norm.weight", "block_sparse_moe.gate.weight"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.update({FUSED_DOWN: t[FUSED_DOWN][:3].clone()}), r"down_proj has shape \(3, 48, 72\), the config"),
+        (
+            lambda t: t.pop(FUSED_DOWN),
+            "missing tensors for Mixtral.* model.layers.1.block_sparse_moe.experts.0.w2.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.block_sparse_moe.experts.2.w2.weight": torch.ones(48, 72)}),
+            "experts.2.w2.weight is there twice, alone and in model.layers.1.mlp.experts.down_proj",
+        ),
+    ],
+)
+def test_wrong_fused_tensors(tmp_path: Path, edit: Callable[[Tensors], object], message: str) -> None:
+    write_checkpoint(MIXTRAL, tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path)
 
 
 def test_config_that_does_not_fit_the_weights(tmp_path: Path) -> None:

@@ -56,6 +56,33 @@ _LLAMA32 = {
     "rope_theta": 500000.0,
     "vocab_size": 128256,
 }
+_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+    **_SPECIAL,
+}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
 
 
 def _sizes(hidden: int, middle: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -77,10 +104,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 4096,
     },
     "tiny-qwen2": {**_QWEN2, **_sizes(128, 320, 2, 4, 2), "vocab_size": 4096},
+    "tiny-mixtral": {**_MIXTRAL, **_sizes(128, 96, 2, 4, 2), "vocab_size": 4096},
+    "tiny-qwen3-moe": {
+        **_QWEN3_MOE,
+        **_sizes(128, 320, 2, 4, 2),
+        "head_dim": 32,
+        "moe_intermediate_size": 48,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "vocab_size": 4096,
+    },
     "qwen2.5-0.5b": {**_QWEN2, **_sizes(896, 4864, 24, 14, 2)},
     "qwen2.5-1.5b": {**_QWEN2, **_sizes(1536, 8960, 28, 12, 2)},
     "qwen3-0.6b": {**_QWEN3, **_sizes(1024, 3072, 28, 16, 8)},
     "qwen3-1.7b": {**_QWEN3, **_sizes(2048, 6144, 28, 16, 8)},
+    "qwen3-30b-a3b": {**_QWEN3_MOE, **_sizes(2048, 6144, 48, 32, 4)},
+    "mixtral-8x7b": {**_MIXTRAL, **_sizes(4096, 14336, 32, 32, 8)},
     "llama-3.2-1b": {**_LLAMA32, **_sizes(2048, 8192, 16, 32, 8), "head_dim": 64},
     "llama-3.2-3b": {**_LLAMA32, **_sizes(3072, 8192, 28, 24, 8), "head_dim": 128},
 }

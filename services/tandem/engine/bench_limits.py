@@ -49,12 +49,17 @@ class Rates:
 
 
 def work_of(spec: DecoderSpec, rows: Sequence[Row], bytes_per_element: int) -> Work:
-    """What a plan of these rows needs: every weight and every visible key and value once, every product once."""
-    matrices, head_elements, other = 0, spec.vocab_size * spec.hidden_size, 0
+    """What a plan of these rows needs: every weight and every visible key and value once, every product once.
+
+    Of experts it needs those that are chosen, here as many as tokens with random choices would hit.
+    """
+    matrices, experts, head_elements, other = 0, 0, spec.vocab_size * spec.hidden_size, 0
     for name, shape in expected_tensors(spec).items():
         if name == EMBEDDING or name == "lm_head.weight":
             continue
-        if len(shape) == 2:
+        if ".experts." in name:
+            experts += shape[0] * shape[1]
+        elif len(shape) == 2:
             matrices += shape[0] * shape[1]
         else:
             other += shape[0]
@@ -65,9 +70,11 @@ def work_of(spec: DecoderSpec, rows: Sequence[Row], bytes_per_element: int) -> W
         for window in spec.windows:
             kv_elements += min(row.start + row.num_tokens, (window or 1 << 62) + row.num_tokens - 1)
             seen += _visible(row, window)
-    weights = matrices + (head_elements if num_samples else 0) + other
+    share = spec.experts.experts_per_token / spec.experts.num_experts if spec.experts else 0.0
+    hit = experts * (1.0 - (1.0 - share) ** num_tokens)
+    weights = matrices + hit + (head_elements if num_samples else 0) + other
     kv_elements *= 2 * spec.num_kv_heads * spec.head_dim
-    flops = 2.0 * matrices * num_tokens + 2.0 * head_elements * num_samples
+    flops = 2.0 * (matrices + experts * share) * num_tokens + 2.0 * head_elements * num_samples
     flops += 4.0 * spec.num_heads * spec.head_dim * seen
     return Work(float((weights + kv_elements) * bytes_per_element), flops)
 

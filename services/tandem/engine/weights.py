@@ -21,7 +21,14 @@ from safetensors import SafetensorError, safe_open
 from tandem.engine.mapped import MappedFiles
 from tandem.engine.models.fields import read_json
 from tandem.engine.models.spec import DecoderSpec
-from tandem.engine.models.tensors import EMBEDDING, OUTPUT_HEAD, expected_tensors, is_ignored
+from tandem.engine.models.tensors import (
+    EMBEDDING,
+    OUTPUT_HEAD,
+    expected_tensors,
+    fused_tensors,
+    is_ignored,
+    is_kept_wide,
+)
 from tandem.errors import ConfigError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,7 +40,7 @@ _RECENT_TENSORS = 8  # queries, keys and values with their biases, and some more
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The parameters by their published names: matrices and their biases in the wanted type, norms in float32.
+    """The parameters by their published names: matrices and biases in the wanted type, norms and routers in float32.
 
     They are read and converted when they are asked for, which is possible as long as the files are open; what was got
     stays valid after. `digest` identifies the weights as they are in the files; `num_bytes` is their size in memory,
@@ -55,6 +62,7 @@ class CheckpointFiles:
         self._stack = ExitStack()
         self._paths: list[Path] = []
         self._files: dict[str, Any] = {}  # tensor name -> open file
+        self._fused: dict[str, tuple[str, tuple[int | slice, ...]]] = {}  # tensor name -> where it is a part of which
 
     def __enter__(self) -> CheckpointFiles:
         """Open and check every file; raises ConfigError that names what is missing, unexpected or of a wrong shape."""
@@ -62,6 +70,7 @@ class CheckpointFiles:
             self._paths = _file_paths(self._folder)
             for path in self._paths:
                 self._open(path)
+            self._cut_fused()
             self._check()
         except BaseException:
             self._stack.close()
@@ -77,7 +86,7 @@ class CheckpointFiles:
         return _FLOATS[self._files[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
 
     def load(self, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Weights:
-        """Describe all parameters, as `dtype` (norms as float32) on `device`; they are read when they are asked for."""
+        """Describe all parameters on `device`, as `dtype` or float32; they are read when they are asked for."""
         digest = hashlib.sha256()
         mapped = MappedFiles(self._paths)
         num_bytes, num_mapped_bytes = 0, 0
@@ -108,16 +117,34 @@ class CheckpointFiles:
             self._files[name] = opened
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
+        stored, place = self._fused.get(name, (name, ()))
+        tensor: torch.Tensor = self._files[name].get_tensor(stored)
+        return tensor[place] if place else tensor
+
+    def _cut_fused(self) -> None:
+        """Know the parts of fused tensors by their published names."""
+        for fused_name, fused in fused_tensors(self._spec).items():
+            if fused_name not in self._files:
+                continue
+            file = self._files.pop(fused_name)
+            shape = tuple(file.get_slice(fused_name).get_shape())
+            if shape != fused.shape:
+                raise ConfigError(
+                    f"{self._folder}: tensor {fused_name} has shape {shape}, the config asks for {fused.shape}"
+                )
+            for name, place in fused.parts.items():
+                if name in self._files:
+                    raise ConfigError(f"{self._folder}: tensor {name} is there twice, alone and in {fused_name}")
+                self._files[name] = file
+                self._fused[name] = (fused_name, place)
 
     def _check(self) -> None:
         expected = expected_tensors(self._spec)
         faults = list(_difference_faults(self._files, expected, self._spec))
         for name in sorted(self._files.keys() & expected.keys()):
-            found = self._files[name].get_slice(name)
+            found = self._files[name].get_slice(self._fused[name][0] if name in self._fused else name)
             shape = tuple(found.get_shape())
-            if shape != expected[name]:
+            if name not in self._fused and shape != expected[name]:
                 faults.append(f"tensor {name} has shape {shape}, the config asks for {expected[name]}")
             if found.get_dtype() not in _FLOATS:
                 faults.append(f"tensor {name} has type {found.get_dtype()}, supported are {', '.join(_FLOATS)}")
@@ -172,7 +199,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 
 def _target_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.endswith("norm.weight") else dtype
+    return torch.float32 if is_kept_wide(name) else dtype
 
 
 def _file_paths(folder: Path) -> list[Path]:

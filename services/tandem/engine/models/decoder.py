@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 
 from tandem.engine.models.rope import inverse_frequencies
 from tandem.engine.models.spec import DecoderSpec
-from tandem.engine.models.tensors import EMBEDDING, FINAL_NORM, OUTPUT_HEAD, layer_prefix
-from tandem.engine.ops.contract import AttentionShape, HeadNorms, LayerParts, Linear, Operators, TokenBatch
+from tandem.engine.models.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT_HEAD,
+    expert_names,
+    layer_prefix,
+    router_name,
+)
+from tandem.engine.ops.contract import (
+    AttentionShape,
+    Experts,
+    ExpertWeights,
+    GatedMlp,
+    HeadNorms,
+    LayerParts,
+    Linear,
+    Operators,
+    Routing,
+    TokenBatch,
+)
 
 
 class Decoder:
@@ -88,6 +106,19 @@ class Decoder:
             head_norms=head_norms,
             output=linear("self_attn.o_proj"),
             middle_norm=tensors[prefix + "post_attention_layernorm.weight"],
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj", gated=True),
-            down=linear("mlp.down_proj"),
+            mlp=self._experts(layer, tensors)
+            if self._spec.has_experts(layer)
+            else GatedMlp(linear("mlp.gate_proj", "mlp.up_proj", gated=True), linear("mlp.down_proj")),
         )
+
+    def _experts(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> Experts:
+        spec = self._spec.experts
+        assert spec is not None
+
+        def weights() -> Iterator[ExpertWeights]:
+            for expert in range(spec.num_experts):
+                names = expert_names(self._spec, layer, expert)
+                yield ExpertWeights(tensors[names.gate], tensors[names.up], tensors[names.down])
+
+        routing = Routing(experts_per_token=spec.experts_per_token, normalized=spec.normalized)
+        return self._operators.experts(tensors[router_name(self._spec, layer)], weights(), routing)

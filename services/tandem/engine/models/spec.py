@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.engine.models.experts import MIXTRAL, QWEN3_MOE, ExpertsFamily, ExpertsSpec, parse_experts
 from tandem.engine.models.fields import Fields, read_json
 from tandem.engine.models.rope import RopeSpec, parse_rope
 
@@ -19,7 +20,8 @@ CHECKPOINT_DTYPES = ("float32", "bfloat16", "float16")
 class DecoderSpec:
     """`windows[i]`: how many last positions, its own included, a position of layer i attends to; None: all.
 
-    `dtype` is the checkpoint's own, one of CHECKPOINT_DTYPES, or empty if its config does not say.
+    `dtype` is the checkpoint's own, one of CHECKPOINT_DTYPES, or empty if its config does not say. `intermediate_size`
+    is that of layers without experts.
     """
 
     architecture: str
@@ -41,6 +43,10 @@ class DecoderSpec:
     max_context_tokens: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    experts: ExpertsSpec | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and self.experts.layers[layer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,23 +59,53 @@ class _Family:
     head_norms: bool = False
     qkv_bias: bool | None = None  # None: `attention_bias` says
     has_mlp_bias: bool = False
+    has_windows: bool = True
     sliding_window: int | None = None
-    window_switch: bool = False  # `use_sliding_window` and `max_window_layers` decide
+    window_switch: bool = False  # `use_sliding_window` decides
+    window_layers: bool = False  # `max_window_layers` and `layer_types` say which layers have one
+    rope_theta: float = 1e4
+    norm_epsilon: float = 1e-6
+    experts: ExpertsFamily | None = None
 
 
 _FAMILIES = {
-    "LlamaForCausalLM": _Family(has_mlp_bias=True),
+    "LlamaForCausalLM": _Family(has_mlp_bias=True, has_windows=False),
     "MistralForCausalLM": _Family(num_kv_heads=8, max_positions=4096 * 32, qkv_bias=False, sliding_window=4096),
-    "Qwen2ForCausalLM": _Family(max_positions=32768, qkv_bias=True, sliding_window=4096, window_switch=True),
+    "MixtralForCausalLM": _Family(
+        num_kv_heads=8,
+        max_positions=4096 * 32,
+        qkv_bias=False,
+        rope_theta=1e6,
+        norm_epsilon=1e-5,
+        experts=MIXTRAL,
+    ),
+    "Qwen2ForCausalLM": _Family(
+        max_positions=32768, qkv_bias=True, sliding_window=4096, window_switch=True, window_layers=True
+    ),
     "Qwen3ForCausalLM": _Family(
-        head_dim=128, max_positions=32768, head_norms=True, sliding_window=4096, window_switch=True
+        head_dim=128,
+        max_positions=32768,
+        head_norms=True,
+        sliding_window=4096,
+        window_switch=True,
+        window_layers=True,
+    ),
+    "Qwen3MoeForCausalLM": _Family(
+        num_kv_heads=4,
+        max_positions=32768,
+        head_norms=True,
+        sliding_window=4096,
+        window_switch=True,
+        experts=QWEN3_MOE,
     ),
 }
 _ARCHITECTURE_OF = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
@@ -93,7 +129,8 @@ def parse_spec(config: dict[str, object], generation: dict[str, object], where: 
     hidden_size = fields.integer("hidden_size")
     attention_bias = fields.flag("attention_bias", False)
     rope, context = parse_rope(
-        Fields({"max_position_embeddings": family.max_positions} | _present(config), where, fields.faults), 10000.0
+        Fields({"max_position_embeddings": family.max_positions} | _present(config), where, fields.faults),
+        family.rope_theta,
     )
     spec = DecoderSpec(
         architecture=architecture,
@@ -104,7 +141,7 @@ def parse_spec(config: dict[str, object], generation: dict[str, object], where: 
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", family.num_kv_heads or num_heads),
         head_dim=fields.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads), low=2),
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        norm_epsilon=fields.number("rms_norm_eps", family.norm_epsilon),
         rope=rope,
         windows=_windows(fields, family, num_layers),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -115,6 +152,7 @@ def parse_spec(config: dict[str, object], generation: dict[str, object], where: 
         max_context_tokens=context,
         eos_token_ids=_eos_token_ids(fields, Fields(generation, f"{where}: generation_config.json", fields.faults)),
         dtype=_dtype(fields),
+        experts=None if family.experts is None else parse_experts(fields, family.experts, num_layers),
     )
     if spec.num_heads % spec.num_kv_heads:
         fields.fault(f"{spec.num_heads} attention heads are no multiple of {spec.num_kv_heads} key/value heads")
@@ -122,6 +160,13 @@ def parse_spec(config: dict[str, object], generation: dict[str, object], where: 
         fields.fault(f"head_dim {spec.head_dim} is odd")
     fields.raise_faults()
     return spec
+
+
+def experts_family(architecture: str) -> ExpertsFamily:
+    """How a supported architecture with experts names them."""
+    family = _FAMILIES[architecture].experts
+    assert family is not None, f"{architecture} has no experts"
+    return family
 
 
 def _present(config: dict[str, object]) -> dict[str, object]:
@@ -154,14 +199,14 @@ def _windows(fields: Fields, family: _Family, num_layers: int) -> tuple[int | No
     if "sliding_window" not in fields.values:
         window = family.sliding_window
     layer_types = fields.values.get("layer_types")
-    if family.window_switch:
-        if not fields.flag("use_sliding_window", False):
-            window = None
+    if family.window_switch and not fields.flag("use_sliding_window", False):
+        window = None
+    if family.window_layers:
         first = fields.integer("max_window_layers", 28, low=0)
         if layer_types is None:
             return tuple(window if layer >= first else None for layer in range(num_layers))
-    elif family.sliding_window is None:
-        window = None  # Llama has no windows; transformers ignores the key, and so do we
+    if not family.has_windows:
+        window = None  # Llama: transformers ignores the key, and so do we
     if layer_types is None:
         return (window,) * num_layers
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
@@ -171,7 +216,7 @@ def _windows(fields: Fields, family: _Family, num_layers: int) -> tuple[int | No
         fields.fault(f"layer type {name!r} is not supported")
     if window is None and "sliding_attention" in layer_types:
         fields.fault("layer_types asks for sliding_attention, but no sliding_window is in force")
-    if not family.window_switch and len(set(map(str, layer_types))) > 1:
+    if not family.window_layers and len(set(map(str, layer_types))) > 1:
         fields.fault("mixed layer_types are not supported for this architecture")
     return tuple(window if name == "sliding_attention" else None for name in layer_types)
 

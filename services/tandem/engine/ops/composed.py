@@ -1,12 +1,12 @@
-"""Decoder layers as the operators of a set, one by one: what every fused way of running them has to equal."""
+"""Decoder layers and experts as operators of a set one by one: what every fused way of running them has to equal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from tandem.engine.ops.contract import AttentionStep, LayerParts, Operators
+from tandem.engine.ops.contract import AttentionStep, ExpertWeights, GatedMlp, LayerParts, Operators, Routing
 
 
 class ComposedLayers:
@@ -26,4 +26,41 @@ class ComposedLayers:
             qkv = layer.qkv(rms_norm(residual, layer.input_norm, epsilon))
             queries = step.rope_and_store(number, qkv, layer.head_norms)
             layer.output.add_to(residual, step.attend(number, queries))
-            layer.down.add_to(residual, layer.gate_up(rms_norm(residual, layer.middle_norm, epsilon)))
+            layer.mlp.add_to(residual, rms_norm(residual, layer.middle_norm, epsilon))
+
+
+class ComposedExperts:
+    """See `contract.Experts`. `router` gives logits [N, experts] float32 for activations [N, H]."""
+
+    def __init__(
+        self,
+        operators: Operators,
+        router: Callable[[torch.Tensor], torch.Tensor],
+        experts: Iterable[ExpertWeights],
+        routing: Routing,
+    ) -> None:
+        self._router = router
+        self._routing = routing
+        self._experts = [
+            GatedMlp(operators.gated_linear((one.gate, one.up), (None, None)), operators.linear((one.down,), (None,)))
+            for one in experts
+        ]
+
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        chosen, weights = route(self._router(inputs), self._routing)
+        total = torch.zeros_like(residual)
+        for number, expert in enumerate(self._experts):
+            tokens, ranks = torch.where(chosen == number)
+            if len(tokens):
+                output = expert.down(expert.gate_up(inputs[tokens])).float()
+                total[tokens] += output * weights[tokens, ranks, None]
+        residual += total
+
+
+def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, experts] float32 -> each token's experts [N, k], the most probable first, and their weights [N, k]."""
+    probabilities, numbers = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    weights = probabilities[:, : routing.experts_per_token]
+    if routing.normalized:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return numbers[:, : routing.experts_per_token], weights

@@ -8,7 +8,7 @@ set is used by one thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +78,49 @@ class Embedding(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """A gated linear and the linear after it."""
+
+    gate_up: Linear  # gated
+    down: Linear
+
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add the result for `inputs` [N, H] to `residual` [N, H] float32, in place."""
+        self.down.add_to(residual, self.gate_up(inputs))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert. Gate and up [middle, H], down [H, middle]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """A token's experts are those that its router's softmax over all puts first, of equal ones the lower number.
+
+    Their probabilities are their weights; `normalized`: divided by their sum. All of it is float32.
+    """
+
+    experts_per_token: int
+    normalized: bool
+
+
+class Experts(Protocol):
+    """A router and its experts."""
+
+    def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add each token's experts' results for `inputs` [N, H] activations to `residual` [N, H] float32, in place.
+
+        A token's results are added up in the order of its experts' numbers, and their sum is added to the residual.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
     """One decoder layer, its linears prepared by the operator set that runs it. Norm weights [H] float32."""
@@ -87,8 +130,7 @@ class LayerParts:
     head_norms: HeadNorms | None
     output: Linear
     middle_norm: torch.Tensor
-    gate_up: Linear  # gated
-    down: Linear
+    mlp: GatedMlp | Experts
 
 
 class AttentionStep(Protocol):
@@ -147,6 +189,10 @@ class Operators(Protocol):
 
     def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
         """Prepare silu(inputs * gate) * (inputs * up) of two weights [outputs, inputs] as one linear of `outputs`."""
+        ...
+
+    def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:
+        """Prepare a router [experts, H] float32 and its experts, which are taken one by one; they may be kept."""
         ...
 
     def embedding(self, table: torch.Tensor) -> Embedding:

@@ -6,19 +6,24 @@ docs/numerics.md says what is guaranteed and why. Activations are float32; weigh
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from tandem.engine.native.library import BFLOAT16, FLOAT32, LinearFields, NativeUnavailable, load_library
 from tandem.engine.native.memory import NativePages, RecycledTensors
+from tandem.engine.ops.composed import ComposedExperts, ComposedLayers
 from tandem.engine.ops.contract import (
     AttentionShape,
     AttentionStep,
     Embedding,
+    Experts,
+    ExpertWeights,
+    GatedMlp,
     LayerParts,
     LayerStack,
     Linear,
+    Routing,
     TokenBatch,
 )
 from tandem.engine.ops.cpu_attention import CpuAttention
@@ -92,6 +97,9 @@ class CpuOperators:
     def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> CpuLinear:
         return CpuLinear(self._runtime, weights, biases, gated=True)
 
+    def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:
+        return ComposedExperts(self, self.linear((router,), (None,)), experts, routing)
+
     def embedding(self, table: torch.Tensor) -> Embedding:
         return CpuEmbedding(self._runtime, table, None)
 
@@ -118,6 +126,8 @@ class CpuOperators:
         return outputs
 
     def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
+        if not all(isinstance(part.mlp, GatedMlp) for part in parts):
+            return ComposedLayers(self, parts, epsilon)
         return CpuLayers(parts, epsilon)
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from tandem.engine.native.library import LayerFields, LinearFields
-from tandem.engine.ops.contract import AttentionShape, AttentionStep, LayerParts
+from tandem.engine.ops.contract import AttentionShape, AttentionStep, GatedMlp, LayerParts
 from tandem.engine.ops.cpu_attention import CpuAttention
 
 
@@ -53,8 +53,9 @@ def _fill(fields: LayerFields, part: LayerParts, epsilon: float) -> None:
         fields.query_norm = _floats(part.head_norms.query)
         fields.key_norm = _floats(part.head_norms.key)
         fields.head_epsilon = part.head_norms.epsilon
-    for name in ("qkv", "output", "gate_up", "down"):
-        setattr(fields, name, _packed(getattr(part, name)).fields)
+    assert isinstance(part.mlp, GatedMlp)
+    for name, holder in (("qkv", part), ("output", part), ("gate_up", part.mlp), ("down", part.mlp)):
+        setattr(fields, name, _packed(getattr(holder, name)).fields)
 
 
 def _packed(linear: PackedLinear) -> PackedLinear:

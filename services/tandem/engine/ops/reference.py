@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as functional
 
-from tandem.engine.ops.composed import ComposedLayers
+from tandem.engine.ops.composed import ComposedExperts, ComposedLayers
 from tandem.engine.ops.contract import (
     AttentionShape,
     AttentionStep,
     Embedding,
+    Experts,
+    ExpertWeights,
     LayerParts,
     LayerStack,
     Linear,
+    Routing,
     TokenBatch,
 )
 from tandem.engine.ops.reference_attention import ReferenceAttention
@@ -48,6 +51,9 @@ class ReferenceOperators:
 
     def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
         return GatedLinear(self.linear(weights, biases))
+
+    def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:
+        return ComposedExperts(self, lambda inputs: functional.linear(inputs.float(), router), experts, routing)
 
     def embedding(self, table: torch.Tensor) -> Embedding:
         return lambda token_ids: functional.embedding(token_ids, table).float()
