@@ -30,7 +30,7 @@ import trustme
 
 from tandem.certificates import between_pods
 from tandem.config import HandoffConfig, TlsConfig, TransferConfig
-from tandem.core.messages.transfer import Export, Exported, Pull, PullEnded, PullStatus, TransferReady
+from tandem.core.messages.transfer import Exported, PullEnded, PullStatus, RankExport, RankPull, TransferReady
 from tandem.transfer.iovec import Iovecs, Runs, advance, receive, send
 from tandem.transfer.layout import KvLayout
 from tandem.transfer.memory import PoolMemory
@@ -166,13 +166,13 @@ class OurTransfer:
         self._memory.close()
 
     def _export(self) -> None:
-        self._exporter.channel.send(Export(HANDOFF, 1, TOKEN, 0, tuple(self._pages)))
+        self._exporter.channel.send(RankExport(HANDOFF, 1, TOKEN, 0, tuple(self._pages)))
         self._exporter.channel.flush()
 
     def _pull(self) -> None:
         ended: list[PullEnded] = []
         is_over = threading.Event()
-        pull = Pull(
+        pull = RankPull(
             ticket=1,
             endpoint=self._ready.endpoints[0],
             handoff_id=HANDOFF,

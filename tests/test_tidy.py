@@ -61,8 +61,8 @@ ALLOWED = {
     },
 }
 CORE_PARTS = {  # what packages outside core's users may take from it
-    "transfer": {"core.messages", "core.endpoints", "core.token_ids"},
-    "engine": {"core.messages", "core.token_ids"},
+    "transfer": {"core.messages", "core.sharding"},
+    "engine": {"core.messages", "core.sharding", "core.token_ids"},
     "rpc": {"core.messages", "core.stats", "core.token_ids"},
     "telemetry": {"core.stats", "core.messages"},
     "gateway": {"core.messages", "core.stats", "core.routing", "core.token_ids"},

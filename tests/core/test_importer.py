@@ -44,7 +44,7 @@ def test_pages_are_reserved_when_there_is_something_to_read() -> None:
     assert rig.scheduler.kv.pool.num_free == 29, "all pages of the prompt"
     pull = one(effects, Pull)
     assert (pull.ordinals, pull.attempt, pull.token) == ((0,), 1 << 32 | 1, b"token-1")
-    assert (pull.endpoint, pull.handoff_id) == (ENDPOINT, peer(1).handoff_id)
+    assert (pull.endpoints, pull.handoff_id) == ((ENDPOINT,), peer(1).handoff_id)
     assert pull.checksums == (1000).to_bytes(8, "little")
     assert pull.pages == (rig.request(1).pages[0],)
 

@@ -292,4 +292,4 @@ def test_the_endpoint_is_the_importers_choice() -> None:
     rig.submit(1, 10, peers=(peer(1),))
     other = type(ENDPOINT)(transport="mooncake", address="x", instance_id=b"x")
     rig.accept(1, endpoints=(other, ENDPOINT))
-    assert one(rig.announce(1, 0, 1), Pull).endpoint == ENDPOINT
+    assert one(rig.announce(1, 0, 1), Pull).endpoints == (ENDPOINT,)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import Pull, PullStatus
+from tandem.core.messages.transfer import PullStatus, RankPull, Slab
 from tandem.transfer.contract import PullDone
 from tandem.transfer.pages import Pages, PageSpace
 from tandem.transfer.pull_job import PullJob
@@ -24,6 +24,7 @@ _exporters: dict[str, LoopbackExporter] = {}
 class _Grant:
     attempt: int
     token: bytes
+    pieces: tuple[Slab, ...]
     pages: dict[int, tuple[PageSpace, int]] = field(default_factory=dict)
 
 
@@ -37,11 +38,11 @@ class LoopbackExporter:
         self.endpoint = RankEndpoint(transport=LOOPBACK, address=address, instance_id=instance_id)
         _exporters[address] = self
 
-    def open(self, handoff_id: bytes, attempt: int, token: bytes) -> None:
+    def open(self, handoff_id: bytes, attempt: int, token: bytes, pieces: Sequence[Slab]) -> None:
         with self.lock:
             known = self.grants.get(handoff_id)
             if known is None or known.attempt < attempt:
-                self.grants[handoff_id] = _Grant(attempt, token)
+                self.grants[handoff_id] = _Grant(attempt, token, tuple(pieces))
 
     def add(self, handoff_id: bytes, attempt: int, first_ordinal: int, pages: Pages) -> None:
         with self.lock:
@@ -65,7 +66,7 @@ class LoopbackImporter:
         self._jobs: dict[int, PullJob] = {}
         self._threads: list[threading.Thread] = []
 
-    def pull(self, pull: Pull, done: PullDone) -> None:
+    def pull(self, pull: RankPull, done: PullDone) -> None:
         job = PullJob(pull, self._space, LOOPBACK, done)
         job.hold()
         self._jobs[pull.ticket] = job
@@ -103,7 +104,29 @@ class LoopbackImporter:
             if found is None:
                 job.break_off(PullStatus.REFUSED, "not announced")
                 return False
+            assert grant is not None
+            if job.pull.piece >= len(grant.pieces):
+                job.break_off(PullStatus.REFUSED, "no such piece")
+                return False
             space, number = found
-            np.copyto(self._space.rows[job.pages.numbers[position]], space.rows[number])
+            source = Pages.of(space, [number], grant.pieces[job.pull.piece])
+            _write(job.pages.part(position, position + 1), _read(source))
         job.verify(position, position + 1)
         return True
+
+
+def _read(pages: Pages) -> bytes:
+    return b"".join(pages.space.rows[page][run].tobytes() for page in pages.numbers for run in _runs(pages.slab))
+
+
+def _write(pages: Pages, data: bytes) -> None:
+    stream = np.frombuffer(data, dtype=np.uint8)
+    for page in pages.numbers:
+        for run in _runs(pages.slab):
+            size = run.stop - run.start
+            pages.space.rows[page][run], stream = stream[:size], stream[size:]
+
+
+def _runs(slab: Slab) -> list[slice]:
+    begins = range(slab.offset, slab.offset + slab.num_runs * slab.stride, slab.stride)
+    return [slice(begin, begin + slab.run_bytes) for begin in begins]

@@ -162,7 +162,7 @@ class SimTransfer:
         def read(index: int) -> None:
             if self.instance_id != life or failed[0]:
                 return
-            source = self._directory.get(command.endpoint.instance_id)
+            source = self._directory.get(command.endpoints[0].instance_id)
             entry = None if source is None else source.served.get(command.handoff_id)
             ordinal = command.ordinals[index]
             if source is None or entry is None or entry.token != command.token or ordinal not in entry.pages:

@@ -20,12 +20,13 @@ from tandem.config import HandoffConfig, TlsConfig, TransferConfig
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.transfer import (
     CancelPull,
-    Export,
     Exported,
-    Pull,
     PullEnded,
+    RankExport,
+    RankPull,
     Revoke,
     Revoked,
+    Slab,
     TransferReady,
 )
 from tandem.transfer.layout import KvLayout
@@ -183,9 +184,15 @@ class Peer:
     # ---- commands -------------------------------------------------------------------------------------------------
 
     def export(
-        self, handoff_id: bytes, pages: Sequence[int], attempt: int = 1, token: bytes = b"token", first_ordinal: int = 0
+        self,
+        handoff_id: bytes,
+        pages: Sequence[int],
+        attempt: int = 1,
+        token: bytes = b"token",
+        first_ordinal: int = 0,
+        pieces: tuple[Slab, ...] = (),
     ) -> Shared:
-        self.pipe.send(Export(handoff_id, attempt, token, first_ordinal, tuple(pages)))
+        self.pipe.send(RankExport(handoff_id, attempt, token, first_ordinal, tuple(pages), pieces))
         exported = self.wait(Exported, lambda outcome: outcome.handoff_id == handoff_id)
         assert (exported.attempt, exported.first_ordinal) == (attempt, first_ordinal)
         return Shared(self, handoff_id, attempt, token, list(pages), first_ordinal, exported.checksums)
@@ -195,9 +202,9 @@ class Peer:
         self.wait(Revoked, lambda outcome: outcome.handoff_id == handoff_id)
 
     def begin_pull(self, shared: Shared, pages: Sequence[int], **changes: Any) -> int:
-        """Pull everything shared into `pages`; returns the ticket. `changes` replace fields of Pull."""
+        """Pull everything shared into `pages`; returns the ticket. `changes` replace fields of RankPull."""
         ticket = next(_tickets)
-        pull = Pull(
+        pull = RankPull(
             ticket=ticket,
             endpoint=shared.owner.endpoint,
             handoff_id=shared.handoff_id,

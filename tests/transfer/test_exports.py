@@ -5,14 +5,14 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import Export, Exported, Revoke, Revoked
+from tandem.core.messages.transfer import Exported, RankExport, Revoke, Revoked, Slab
 from tandem.transfer import hashing
 from tandem.transfer.export_queue import ExportQueue
 from tandem.transfer.grants import Grant, GrantTable
@@ -21,6 +21,7 @@ from tandem.transfer.self_test import scratch
 from tandem.transfer.tcp_stream import Stream
 
 SPACE = scratch(8, 4096)
+WHOLE = (SPACE.whole,)
 ONE, TWO = np.array([0]), np.array([0, 1])
 
 
@@ -47,7 +48,7 @@ def granted(table: GrantTable, attempt: int = 1) -> Grant:
 
 def table_with_pages() -> GrantTable:
     table = GrantTable()
-    table.open(b"handoff", 1, b"token")
+    table.open(b"handoff", 1, b"token", WHOLE)
     table.add(b"handoff", 1, 0, Pages.of(SPACE, [3, 4]))
     return table
 
@@ -71,7 +72,7 @@ def test_a_revocation_also_waits_for_a_frame_of_an_older_attempt(stream: Stream)
     table, done = table_with_pages(), threading.Event()
     old = granted(table)
     assert table.begin(old, stream)
-    table.open(b"handoff", 2, b"token")
+    table.open(b"handoff", 2, b"token", WHOLE)
     assert not table.begin(old, stream)  # superseded in the middle of a response
     table.revoke(b"handoff", done.set)
     assert not done.is_set()
@@ -87,7 +88,7 @@ def test_a_revocation_of_what_nobody_reads_is_done_at_once() -> None:
 
 def test_a_frame_of_another_handoff_is_not_cut(stream: Stream) -> None:
     table, done = table_with_pages(), threading.Event()
-    table.open(b"other", 1, b"token")
+    table.open(b"other", 1, b"token", WHOLE)
     assert table.begin(granted(table), stream)
     table.revoke(b"other", done.set)
     assert done.is_set()
@@ -102,7 +103,7 @@ def test_only_announced_ordinals_of_the_open_attempt_are_found() -> None:
     assert found[1].numbers.tolist() == [6, 3]
     for ordinals in ([2], [4], [6], [0, 3], [-1], [2**31]):
         assert isinstance(table.select(b"handoff", 1, b"token", np.array(ordinals)), str)
-    table.open(b"handoff", 2, b"newer")
+    table.open(b"handoff", 2, b"newer", WHOLE)
     table.add(b"handoff", 1, 0, Pages.of(SPACE, [1]))  # late: of an attempt that is over
     assert isinstance(table.select(b"handoff", 2, b"newer", ONE), str)
 
@@ -115,7 +116,7 @@ class RecordingExporter:
         self.endpoint = RankEndpoint(transport="none", address="", instance_id=bytes(16))
         self.calls: list[tuple[Any, ...]] = []
 
-    def open(self, handoff_id: bytes, attempt: int, token: bytes) -> None:
+    def open(self, handoff_id: bytes, attempt: int, token: bytes, pieces: Sequence[Slab]) -> None:
         self.calls.append(("open", handoff_id, attempt))
 
     def add(self, handoff_id: bytes, attempt: int, first_ordinal: int, pages: Pages) -> None:
@@ -168,20 +169,20 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
 def test_exports_are_answered_in_order(setting: Setting) -> None:
     setting.go.set()
     for number in range(20):
-        setting.queue.export(Export(b"handoff", 1, b"token", number, (number % 8,)))
+        setting.queue.export(RankExport(b"handoff", 1, b"token", number, (number % 8,)))
     assert [setting.next().first_ordinal for _ in range(20)] == list(range(20))
 
 
 def test_a_higher_attempt_takes_over_before_its_pages_are_hashed(setting: Setting) -> None:
-    setting.queue.export(Export(b"handoff", 1, b"token", 0, (1,)))
+    setting.queue.export(RankExport(b"handoff", 1, b"token", 0, (1,)))
     assert setting.is_hashing.wait(5)
-    setting.queue.export(Export(b"handoff", 2, b"newer", 0, (1,)))
+    setting.queue.export(RankExport(b"handoff", 2, b"newer", 0, (1,)))
     assert ("open", b"handoff", 2) in setting.exporter.calls
     assert not [call for call in setting.exporter.calls if call[0] == "add"]
 
 
 def test_revoked_comes_after_the_hash_that_reads_the_pages(setting: Setting) -> None:
-    setting.queue.export(Export(b"handoff", 1, b"token", 0, (1,)))
+    setting.queue.export(RankExport(b"handoff", 1, b"token", 0, (1,)))
     assert setting.is_hashing.wait(5)
     setting.queue.revoke(Revoke(b"handoff"))
     assert ("revoke", b"handoff") in setting.exporter.calls  # served no longer, at once
@@ -193,9 +194,9 @@ def test_revoked_comes_after_the_hash_that_reads_the_pages(setting: Setting) -> 
 
 
 def test_what_waits_for_its_hash_is_forgotten_when_revoked(setting: Setting) -> None:
-    setting.queue.export(Export(b"first", 1, b"token", 0, (1,)))
+    setting.queue.export(RankExport(b"first", 1, b"token", 0, (1,)))
     assert setting.is_hashing.wait(5)
-    setting.queue.export(Export(b"second", 1, b"token", 0, (2,)))
+    setting.queue.export(RankExport(b"second", 1, b"token", 0, (2,)))
     setting.queue.revoke(Revoke(b"second"))
     assert setting.next() == Revoked(b"second")  # does not wait for the first one's hash
     setting.go.set()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull
 from tandem.transfer import hashing
 from tandem.transfer.engine_pool import MAX_PARKED, EnginePool
 from tandem.transfer.landing_importer import LandingImporter
@@ -56,7 +56,7 @@ class Setting:
         return RankEndpoint(transport="fake", address=address.encode(), instance_id=self.instance_id)
 
     def begin(self, sources: Sequence[int], targets: Sequence[int], **changes: Any) -> int:
-        pull = Pull(
+        pull = RankPull(
             ticket=next(_tickets),
             endpoint=self.endpoint,
             handoff_id=b"",

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tandem.config import TransferConfig
-from tandem.core.messages.transfer import Export, Exported, PullEnded, PullStatus
+from tandem.core.messages.transfer import Exported, PullEnded, PullStatus, RankExport
 from tandem.ipc import ChannelClosed
 from tests.transfer.conftest import PROCESS_TRANSPORTS, NewPeer
 from tests.transfer.peer import TCP_TLS, Peer
@@ -133,7 +133,7 @@ def test_it_has_no_other_descriptor_of_the_rank(new_peer: NewPeer) -> None:
 def test_it_does_not_block_when_nobody_reads_its_outcomes(new_peer: NewPeer) -> None:
     exporter = new_peer("tcp", num_pages=2048, page_bytes=512)
     for number in range(200):
-        exporter.pipe.send(Export(number.to_bytes(8, "little"), 1, b"token", 0, tuple(range(2048))))
+        exporter.pipe.send(RankExport(number.to_bytes(8, "little"), 1, b"token", 0, tuple(range(2048))))
     for _ in range(200):
         exporter.wait(Exported)
 

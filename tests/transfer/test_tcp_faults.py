@@ -248,7 +248,7 @@ def asking_and_not_reading(shared: Shared) -> Iterator[socket.socket]:
             handoff_id=shared.handoff_id,
             attempt=shared.attempt,
             token=shared.token,
-            page_bytes=PAGE_BYTES,
+            piece_bytes=PAGE_BYTES,
             ordinals=np.arange(len(shared.pages)),
         )
         sock.sendall(request.encode())

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull
 from tandem.transfer import wire
 from tandem.transfer.handshake import ProofFailed, WrongInstance, dial
 from tandem.transfer.pages import Pages
@@ -48,7 +48,7 @@ def exporting(options: TcpSettings) -> Iterator[TcpExporter]:
     exporter = TcpExporter(listen("127.0.0.1", 0), "127.0.0.1", INSTANCE, options)
     space = scratch(4, PAGE_BYTES)
     space.rows[:] = 7
-    exporter.open(b"handoff", 1, b"token")
+    exporter.open(b"handoff", 1, b"token", (space.whole,))
     exporter.add(b"handoff", 1, 0, Pages.of(space, range(4)))
     try:
         yield exporter
@@ -75,7 +75,7 @@ def ask(sock: socket.socket, **changes: object) -> Frame:
         "handoff_id": b"handoff",
         "attempt": 1,
         "token": b"token",
-        "page_bytes": PAGE_BYTES,
+        "piece_bytes": PAGE_BYTES,
         "ordinals": np.arange(4),
     }
     sock.sendall(Request(**{**fields, **changes}).encode())  # type: ignore[arg-type]
@@ -106,8 +106,11 @@ def test_a_well_formed_request_is_answered() -> None:
         {"attempt": 2**63},
         {"ordinals": np.array([4])},
         {"ordinals": np.array([0, 2**32 - 1])},
-        {"page_bytes": PAGE_BYTES * 2},
-        {"page_bytes": 0},
+        {"piece_bytes": PAGE_BYTES * 2},
+        {"piece_bytes": 0},
+        {"piece": 1},
+        {"piece": 255},
+        {"piece_bytes": PAGE_BYTES // 2},
     ],
 )
 def test_what_is_not_granted_is_refused_and_the_connection_stays(changes: dict[str, object]) -> None:
@@ -239,7 +242,7 @@ def test_a_request_without_proof_is_not_answered() -> None:
             handoff_id=b"handoff",
             attempt=1,
             token=b"token",
-            page_bytes=PAGE_BYTES,
+            piece_bytes=PAGE_BYTES,
             ordinals=np.arange(4),
         )
         sock.sendall(request.encode())
@@ -302,7 +305,7 @@ def test_a_lying_exporter_writes_nothing_into_the_pool(answer: bytes) -> None:
         outcomes: queue.Queue[PullEnded] = queue.Queue()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         endpoint = RankEndpoint(transport="tcp", address=address, instance_id=INSTANCE)
-        pull = Pull(
+        pull = RankPull(
             ticket=1,
             endpoint=endpoint,
             handoff_id=b"handoff",

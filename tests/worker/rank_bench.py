@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tandem.config import Role
+from tandem.core.messages.handoff import Sharding
 from tandem.core.messages.requests import Drain, Ended, Submit, Tokens
 from tandem.core.messages.sampling import SamplingParams
 from tandem.core.roles import Pacing, loop_of
@@ -21,10 +22,12 @@ from tandem.core.scheduler import Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.core.token_ids import pack
 from tandem.ipc import Channel
+from tandem.transfer.layout import KvLayout
 from tandem.worker.chores import Chores
 from tandem.worker.loop import run
 from tandem.worker.messages import TO_FRONTEND, TO_RANK
 from tandem.worker.ports import RankPorts
+from tandem.worker.transfer_group import TransferGroup
 from tandem.worker.transfer_link import TransferLink
 from tests.fakes.device import CountingDevice
 
@@ -56,9 +59,13 @@ class RankBench:
         self.scheduler = Scheduler(settings, lambda: b"t" * 16)
         self._rank_end = Channel(theirs, TO_FRONTEND, TO_RANK)
         self.link = link(device) if link is not None else None
-        self.ports = RankPorts(self._rank_end, device, self.link, time.monotonic)
+        self.ports = RankPorts(self._rank_end, device, self._group(), time.monotonic)
         self._depth = row.depth
         self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _group(self) -> TransferGroup | None:
+        model = KvLayout(num_pages=64, num_layers=1, num_kv_heads=1, page_tokens=4, head_dim=1, dtype="float32")
+        return TransferGroup([self.link], model, Sharding()) if self.link is not None else None
 
     def _run(self) -> None:
         wait = self.ports.wait

@@ -18,7 +18,7 @@ from tandem.core.messages.handoff import (
     SendComplete,
     SendFirstToken,
 )
-from tandem.core.messages.transfer import Export, Exported, Revoke, Revoked, TransferReady
+from tandem.core.messages.transfer import Exported, RankExport, Revoke, Revoked, TransferReady
 from tandem.core.token_ids import pack
 from tandem.ipc import ChannelClosed
 from tandem.worker.transfer_link import TransferLink
@@ -34,7 +34,7 @@ class ExportingChild(Child):
     def __init__(self) -> None:
         super().__init__()
         self.dying = False
-        self.exports: list[Export] = []
+        self.exports: list[RankExport] = []
         self.revokes: list[Revoke] = []
         self.say(TransferReady(b"i" * 16, an_accepted().endpoints, ("tcp",)))
         self.thread = threading.Thread(target=self._serve, daemon=True)
@@ -55,7 +55,7 @@ class ExportingChild(Child):
 
     def _answer(self, command: Any) -> None:
         match command:
-            case Export():
+            case RankExport():
                 self.exports.append(command)
                 checksums = bytes(8 * len(command.pages))
                 self.say(Exported(command.handoff_id, command.attempt, command.first_ordinal, checksums))

@@ -12,16 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import (
-    Exported,
-    Pull,
-    PullEnded,
-    PullStatus,
-    Revoke,
-    TransferLost,
-    TransferReady,
-)
+from tandem.core.messages.transfer import Adopt, Exported, Revoke, TransferLost, TransferReady
 from tandem.ipc import Channel
 from tandem.transfer.channel import COMMANDS, OUTCOMES
 from tandem.worker.transfer_link import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, READY_SECONDS, TransferLink
@@ -96,21 +87,6 @@ def _ended(bench: Bench) -> object:
     bench.close()
 
 
-def a_pull(ticket: int) -> Pull:
-    endpoint = RankEndpoint(transport="tcp", address="a:1", instance_id=b"p" * 16)
-    return Pull(
-        ticket=ticket,
-        endpoint=endpoint,
-        handoff_id=b"h" * 16,
-        attempt=1,
-        token=b"t",
-        ordinals=(4, 5, 6),
-        checksums=bytes(24),
-        remote_pages=b"",
-        pages=(40, 50, 60),
-    )
-
-
 def test_it_is_started_at_once_and_commands_reach_it(bench: Bench) -> None:
     child = bench.ready()
     assert bench.link.next_due() is None
@@ -119,17 +95,12 @@ def test_it_is_started_at_once_and_commands_reach_it(bench: Bench) -> None:
     assert child.voice.receive() == [Revoke(b"h" * 16)]
 
 
-def test_pages_that_a_pull_filled_are_adopted(bench: Bench) -> None:
+def test_pages_that_are_here_are_told_to_the_device(bench: Bench) -> None:
     child = bench.ready()
-    bench.link.send(a_pull(1))
-    bench.link.send(a_pull(2))
-    child.say(
-        PullEnded(ticket=1, status=PullStatus.MISMATCH, good_ordinals=(4, 6), bad_ordinals=(5,)),
-        PullEnded(ticket=2, status=PullStatus.REFUSED),
-        PullEnded(ticket=3, status=PullStatus.DONE, good_ordinals=(1,)),  # of no pull that is known
-    )
-    assert len(bench.link.receive()) == 3
+    bench.link.send(Adopt((40, 60)))
+    bench.link.flush()
     assert bench.adopted == [40, 60]
+    assert child.voice.receive() == [], "the process has nothing to do with it"
 
 
 def test_a_death_is_told_once_after_the_last_words(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tandem.core.exports import Export, ExportBook
+from tandem.core.exports import CHECKSUM_BYTES, Export, ExportBook, rank_pages
 from tandem.core.ledger import Ledger
 from tandem.core.messages.handoff import (
     Accepted,
@@ -20,7 +20,6 @@ from tandem.core.messages.handoff import (
     Open,
     OpenReceived,
     RankEndpoint,
-    RankPages,
     ReleaseReason,
     ReleaseReceived,
     SendAccepted,
@@ -33,6 +32,7 @@ from tandem.core.messages.requests import EndReason
 from tandem.core.messages.transfer import Export as ExportPages
 from tandem.core.messages.transfer import Exported, Revoke, Revoked, TransferReady
 from tandem.core.request import Marks, Request
+from tandem.core.sharding import Piece, pair_fault, pieces
 from tandem.core.states import State
 from tandem.core.token_ids import BYTES_PER_TOKEN, pack, unpack
 
@@ -174,12 +174,12 @@ class Exporter:
         export = self._book.live.get(event.handoff_id)
         if export is None or export.stream_id is None or export.open.attempt != event.attempt:
             return
-        assert event.first_ordinal == export.announced, "the transfer process answers in order"
-        count = len(event.checksums) // 8
-        first, export.announced = export.announced, export.announced + count
+        assert event.first_ordinal == export.announced, "the transfer processes answer in order"
+        first, num_pieces = export.announced, len(self._pieces(export.open))
+        export.announced += len(event.checksums) // (CHECKSUM_BYTES * num_pieces)
         pages = export.pages[first : export.announced] if self._is_one_sided else []
         ready = min(export.announced * self._settings.page_tokens, export.open_length)
-        announce = Announce(first, ready, (RankPages(event.checksums, pack(pages)),))
+        announce = Announce(first, ready, rank_pages(event.checksums, num_pieces, pack(pages)))
         self._ledger.emit(SendAnnounce(export.stream_id, announce))
         self._maybe_complete(export)
 
@@ -213,11 +213,17 @@ class Exporter:
     def _is_one_sided(self) -> bool:
         return any(endpoint.transport.startswith(_ONE_SIDED_PREFIX) for endpoint in self._endpoints)
 
+    def _pieces(self, open_: Open) -> tuple[Piece, ...]:
+        settings = self._settings
+        return pieces(settings.sharding, open_.sharding, settings.num_layers, settings.num_kv_heads)
+
     def _refusal(self, open_: Open, now: float) -> tuple[EndCode, str] | None:
         settings, length = self._settings, len(open_.prompt_token_ids) // BYTES_PER_TOKEN
         export = self._book.live.get(open_.handoff_id)
         if open_.fingerprint != settings.fingerprint:
             return EndCode.MISMATCH, f"fingerprint {open_.fingerprint!r} is not {settings.fingerprint!r}"
+        if fault := pair_fault(settings.sharding, open_.sharding, settings.num_layers, settings.num_kv_heads):
+            return EndCode.MISMATCH, fault
         if settings.checksum not in open_.checksums:
             return EndCode.MISMATCH, f"checksum {settings.checksum} is not among {open_.checksums}"
         if self._endpoints and not any(own.transport in open_.transports for own in self._endpoints):
@@ -312,7 +318,9 @@ class Exporter:
         first, export.exported = export.exported, export.computed
         export.in_transfer = True
         pages = tuple(export.pages[first : export.exported])
-        self._ledger.emit(ExportPages(export.handoff_id, export.open.attempt, export.token, first, pages))
+        opened = export.open
+        command = ExportPages(opened.handoff_id, opened.attempt, export.token, first, pages, opened.sharding)
+        self._ledger.emit(command)
 
     def _send_first_token(self, export: Export) -> None:
         if export.first_token is None or export.first_token_sent or not export.accepted_sent:

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from tandem.core.messages.handoff import FirstToken, Open
+from tandem.core.messages.handoff import FirstToken, Open, RankPages
 from tandem.core.request import Request
 
+CHECKSUM_BYTES = 8
 _MAX_ENDED = 1 << 16
+
+
+def rank_pages(checksums: bytes, num_pieces: int, page_numbers: bytes) -> tuple[RankPages, ...]:
+    """Return what is announced of each piece; a page has the same number in every rank's pool, so it is said once."""
+    size = len(checksums) // num_pieces
+    parts = (checksums[begin : begin + size] for begin in range(0, len(checksums), size))
+    return tuple(RankPages(part, b"" if index else page_numbers) for index, part in enumerate(parts))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -38,10 +38,11 @@ def open_stream(imp: Import, settings: SchedulerSettings, transports: tuple[str,
 
 def pull(imp: Import, ticket: int, ordinals: tuple[int, ...], pages: tuple[int, ...]) -> Pull:
     """Return the reading of `ordinals` into `pages`; the peer has accepted the present attempt."""
-    assert imp.endpoint is not None and imp.accepted is not None
+    assert imp.accepted is not None
     return Pull(
         ticket=ticket,
-        endpoint=imp.endpoint,
+        endpoints=imp.endpoints,
+        exporter=imp.accepted.sharding,
         handoff_id=imp.peer.handoff_id,
         attempt=attempt_of(imp),
         token=imp.accepted.handoff_token,

@@ -57,4 +57,4 @@ def count_landing(ledger: Ledger, imp: Import, now: float) -> None:
 
 
 def _transport(imp: Import) -> str:
-    return imp.endpoint.transport if imp.endpoint is not None else NO_TRANSPORT
+    return imp.endpoints[0].transport if imp.endpoints else NO_TRANSPORT

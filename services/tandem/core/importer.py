@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tandem.core.endpoints import choose_endpoint
 from tandem.core.import_effects import open_stream, pull
 from tandem.core.import_figures import FAILURE_OF, count_failure, count_landing, count_pull
 from tandem.core.imports import Import, ImportBook
@@ -142,9 +141,7 @@ class Importer:
         imp = self._book.by_stream(event.stream_id)
         if imp is None:
             return
-        imp.accepted = event.accepted
-        imp.endpoint = choose_endpoint(event.accepted.endpoints, self._transports)
-        if imp.endpoint is None or event.accepted.checksum != self._settings.checksum:
+        if not imp.accept(event.accepted, self._transports, self._settings):
             count_failure(self._ledger, imp, "incompatible")
             self._give_up_peer(imp, now)
 
@@ -277,7 +274,7 @@ class Importer:
 
     def _pull(self, imp: Import, now: float) -> None:
         """Read what is announced and neither here nor on its way."""
-        if not self._transfer_ready or imp.accepted is None or imp.endpoint is None:
+        if not self._transfer_ready or not imp.endpoints:
             return
         wanted = imp.wanted()
         step = self._settings.handoff.pull_pages_max

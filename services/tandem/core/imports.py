@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tandem.core.endpoints import choose_endpoints
 from tandem.core.messages.handoff import Accepted, Announce, RankEndpoint
 from tandem.core.messages.requests import PrefillPeer
 from tandem.core.request import Request
+from tandem.core.settings import SchedulerSettings
+from tandem.core.sharding import pair_fault, pieces
 from tandem.core.states import State
 
 _CHECKSUM_BYTES = 8
@@ -29,8 +32,8 @@ class Import:
     queued: bool = False  # has been in the receive queue in this attempt
     held_pages: int = 0
     accepted: Accepted | None = None
-    endpoint: RankEndpoint | None = None
-    checksums: bytearray = field(default_factory=bytearray)  # from ordinal held_pages on
+    endpoints: tuple[RankEndpoint, ...] = ()  # of the chosen transport, by exporting rank
+    checksums: list[bytearray] = field(default_factory=list)  # by piece, from ordinal held_pages on
     remote_pages: bytearray = field(default_factory=bytearray)
     pending: set[int] = field(default_factory=set)
     landed: set[int] = field(default_factory=set)
@@ -53,7 +56,7 @@ class Import:
     @property
     def num_announced(self) -> int:
         """Pages held or announced, from ordinal 0."""
-        return self.held_pages + len(self.checksums) // _CHECKSUM_BYTES
+        return self.held_pages + (len(self.checksums[0]) // _CHECKSUM_BYTES if self.checksums else 0)
 
     @property
     def is_landed(self) -> bool:
@@ -71,27 +74,38 @@ class Import:
         self.queued = False
         self.held_pages = 0
         self.accepted = None
-        self.endpoint = None
+        self.endpoints = ()
         self.checksums.clear()
         self.remote_pages.clear()
         self.pending.clear()
         self.landed.clear()
         self.retried.clear()
 
+    def accept(self, accepted: Accepted, transports: tuple[str, ...], settings: SchedulerSettings) -> bool:
+        """Take the peer's answer in; False if this worker cannot read from it."""
+        whole = (accepted.sharding, settings.sharding, settings.num_layers, settings.num_kv_heads)
+        if self.accepted is not None or pair_fault(*whole):
+            return False
+        self.accepted = accepted
+        self.endpoints = choose_endpoints(accepted.endpoints, transports, accepted.sharding)
+        self.checksums = [bytearray() for _ in pieces(*whole)]
+        return bool(self.endpoints) and accepted.checksum == settings.checksum
+
     def note_announce(self, announce: Announce) -> bool:
         """Take an announcement in; False if it does not continue the last one or does not add up."""
-        if self.accepted is None or len(announce.ranks) != 1:
+        if self.accepted is None or len(announce.ranks) != len(self.checksums):
             return False
-        rank = announce.ranks[0]
-        count = len(rank.checksums) // _CHECKSUM_BYTES
-        if count == 0 or len(rank.checksums) % _CHECKSUM_BYTES or announce.first_ordinal != self.num_announced:
+        first = announce.ranks[0]
+        count = len(first.checksums) // _CHECKSUM_BYTES
+        if count == 0 or any(len(piece.checksums) != count * _CHECKSUM_BYTES for piece in announce.ranks):
             return False
-        if rank.page_numbers and len(rank.page_numbers) != count * _PAGE_NUMBER_BYTES:
+        if first.page_numbers and len(first.page_numbers) != count * _PAGE_NUMBER_BYTES:
             return False
-        if self.num_announced + count > self.num_pages:
+        if announce.first_ordinal != self.num_announced or self.num_announced + count > self.num_pages:
             return False
-        self.checksums += rank.checksums
-        self.remote_pages += rank.page_numbers
+        for known, piece in zip(self.checksums, announce.ranks, strict=True):
+            known += piece.checksums
+        self.remote_pages += first.page_numbers
         return True
 
     def wanted(self) -> list[int]:
@@ -103,7 +117,8 @@ class Import:
         ]
 
     def checksums_of(self, ordinals: tuple[int, ...]) -> bytes:
-        return _pick(self.checksums, ordinals, self.held_pages, _CHECKSUM_BYTES)
+        """Return those of all pieces, piece by piece."""
+        return b"".join(_pick(piece, ordinals, self.held_pages, _CHECKSUM_BYTES) for piece in self.checksums)
 
     def remote_pages_of(self, ordinals: tuple[int, ...]) -> bytes:
         return _pick(self.remote_pages, ordinals, self.held_pages, _PAGE_NUMBER_BYTES) if self.remote_pages else b""

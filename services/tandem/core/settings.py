@@ -26,6 +26,8 @@ class SchedulerSettings:
     numerics: str = ""
     instance_id: bytes = b""
     sharding: Sharding = Sharding()
+    num_layers: int = 1  # of the whole model, like num_kv_heads
+    num_kv_heads: int = 1
     checksum: str = "xxh3-64"
 
     @property

@@ -8,8 +8,12 @@ name says otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tandem.core.messages.handoff import Sharding
+
+MAX_PIECES = 1024  # of one pair of workers
+MAX_PIECES_OF_RANK = 256  # of one exporting rank: a byte of the data plane's request
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,17 @@ def sharding_fault(num_layers: int, num_kv_heads: int, sharding: Sharding) -> st
     return ""
 
 
+def pair_fault(exporter: Sharding, importer: Sharding, num_layers: int, num_kv_heads: int) -> str:
+    """Return why two workers of one model cannot hand over, "" if they can."""
+    for name, sharding in (("exporter", exporter), ("importer", importer)):
+        if fault := sharding_fault(num_layers, num_kv_heads, sharding):
+            return f"{name}: {fault}"
+    found = pieces(exporter, importer, num_layers, num_kv_heads)
+    if len(found) > MAX_PIECES or max(piece.index for piece in found) >= MAX_PIECES_OF_RANK:
+        return f"{len(found)} pieces a page are too many"
+    return ""
+
+
 def stage_layers(num_layers: int, stages: int, stage: int) -> range:
     """Return the layers of a pipeline stage: equal runs, the first ones longer by one where that is needed."""
     assert 0 <= stage < stages <= num_layers
@@ -96,6 +111,7 @@ def rank_parts(num_layers: int, num_kv_heads: int, sharding: Sharding) -> tuple[
     )
 
 
+@lru_cache(maxsize=64)
 def pieces(exporter: Sharding, importer: Sharding, num_layers: int, num_kv_heads: int) -> tuple[Piece, ...]:
     """Return the common refinement of both cuts, by exporting rank, then by importing rank: what is announced and read.
 

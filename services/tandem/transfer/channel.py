@@ -9,10 +9,10 @@ import msgspec
 from tandem.config import HandoffConfig, TlsConfig, TransferConfig
 from tandem.core.messages.transfer import (
     CancelPull,
-    Export,
     Exported,
-    Pull,
     PullEnded,
+    RankExport,
+    RankPull,
     Revoke,
     Revoked,
     TransferLost,
@@ -22,7 +22,7 @@ from tandem.core.messages.transfer import (
 from tandem.ipc import Schema
 from tandem.transfer.layout import KvLayout
 
-COMMANDS = Schema([Export, Revoke, Pull, CancelPull])
+COMMANDS = Schema([RankExport, Revoke, RankPull, CancelPull])
 OUTCOMES = Schema([TransferReady, TransferLost, Exported, Revoked, PullEnded, TransportFallback])
 
 

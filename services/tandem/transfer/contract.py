@@ -6,11 +6,11 @@ pages of a revoked hand-off. `done` callbacks come from any thread, never while 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import Pull, PullEnded, TransferOutcome
+from tandem.core.messages.transfer import PullEnded, RankPull, Slab, TransferOutcome
 from tandem.transfer.pages import Pages
 
 Post = Callable[[TransferOutcome], None]
@@ -23,11 +23,14 @@ class Exporter(Protocol):
     @property
     def endpoint(self) -> RankEndpoint: ...
 
-    def open(self, handoff_id: bytes, attempt: int, token: bytes) -> None:
-        """Let holders of `token` in; a lower attempt is served no longer, and a higher one stays as it is."""
+    def open(self, handoff_id: bytes, attempt: int, token: bytes, pieces: Sequence[Slab]) -> None:
+        """Let holders of `token` in; a lower attempt is served no longer, and a higher one stays as it is.
+
+        `pieces` are what may be read of each page, by the number that a pull names.
+        """
 
     def add(self, handoff_id: bytes, attempt: int, first_ordinal: int, pages: Pages) -> None:
-        """Serve `pages` from `first_ordinal` on, if this attempt is still the one that is open."""
+        """Serve whole `pages` from `first_ordinal` on, if this attempt is still the one that is open."""
 
     def revoke(self, handoff_id: bytes, done: Callable[[], None]) -> None:
         """Serve the hand-off no longer; call `done` once no read of its pages is under way."""
@@ -39,7 +42,7 @@ class Exporter(Protocol):
 class Importer(Protocol):
     """Pulls pages. Every method returns at once; calls come from any thread."""
 
-    def pull(self, pull: Pull, done: PullDone) -> None:
+    def pull(self, pull: RankPull, done: PullDone) -> None:
         """Read and verify; call `done` exactly once. A number of ordinals that does not fit `pages` is a bug."""
 
     def cancel(self, ticket: int) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tandem.core.messages.transfer import Export, Exported, Revoke, Revoked
+from tandem.core.messages.transfer import Exported, RankExport, Revoke, Revoked, Slab
 from tandem.transfer import hashing
 from tandem.transfer.contract import Exporter, Post
-from tandem.transfer.pages import Pages, PageSpace
+from tandem.transfer.pages import Pages, PageSpace, check_slab
 
 _HASH_BYTES = 16 << 20  # hashed at a stretch: how soon a revocation is noticed
 
@@ -24,17 +24,19 @@ class ExportQueue:
         self._exporters = exporters
         self._post = post
         self._changed = threading.Condition()
-        self._queue: deque[Export] = deque()
-        self._current: Export | None = None
+        self._queue: deque[RankExport] = deque()
+        self._current: RankExport | None = None
         self._waiting: list[Callable[[], None]] = []  # for the end of the current export, which is revoked
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="kv-hash", daemon=True)
         self._thread.start()
 
-    def export(self, export: Export) -> None:
+    def export(self, export: RankExport) -> None:
         """Stop serving lower attempts now; serve this one once its pages are hashed."""
+        for piece in export.pieces:
+            check_slab(piece, self._space.page_bytes)
         for exporter in self._exporters:
-            exporter.open(export.handoff_id, export.attempt, export.token)
+            exporter.open(export.handoff_id, export.attempt, export.token, self._pieces(export))
         with self._changed:
             self._queue.append(export)
             self._changed.notify()
@@ -59,7 +61,7 @@ class ExportQueue:
 
     def _run(self) -> None:
         while (export := self._next()) is not None:
-            checksums = self._hash(Pages.of(self._space, export.pages))
+            checksums = self._hash(export)
             with self._changed:
                 waiting, self._waiting, self._current = self._waiting, [], None
                 if not waiting:  # under the lock, so that a revocation finds it in no exporter or in all
@@ -71,7 +73,7 @@ class ExportQueue:
             for done in waiting:
                 done()
 
-    def _next(self) -> Export | None:
+    def _next(self) -> RankExport | None:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._is_closed)
             if self._is_closed:
@@ -79,13 +81,18 @@ class ExportQueue:
             self._current = self._queue.popleft()
             return self._current
 
-    def _hash(self, pages: Pages) -> bytes:
-        step = max(1, _HASH_BYTES // pages.space.page_bytes)
+    def _pieces(self, export: RankExport) -> tuple[Slab, ...]:
+        return export.pieces or (self._space.whole,)
+
+    def _hash(self, export: RankExport) -> bytes:
         found = []
-        for begin in range(0, len(pages.numbers), step):
-            if self._waiting:
-                break
-            found.append(hashing.hashes(pages.part(begin, begin + step)))
+        for piece in self._pieces(export):
+            pages = Pages.of(self._space, export.pages, piece)
+            step = max(1, _HASH_BYTES // pages.bytes_each)
+            for begin in range(0, len(pages.numbers), step):
+                if self._waiting:
+                    return b""
+                found.append(hashing.hashes(pages.part(begin, begin + step)))
         return hashing.pack(np.concatenate(found)) if found else b""
 
 

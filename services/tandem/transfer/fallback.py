@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus, TransportFallback
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull, TransportFallback
 from tandem.errors import TransportError
 from tandem.transfer.choice import TCP
 from tandem.transfer.contract import Importer, Post, PullDone
@@ -26,7 +26,7 @@ class FallbackImporter:
         self._fallen: dict[bytes, None] = {}  # instance ids, oldest first
         self._under_way: dict[int, bool] = {}  # ticket: whether it was cancelled
 
-    def pull(self, pull: Pull, done: PullDone) -> None:
+    def pull(self, pull: RankPull, done: PullDone) -> None:
         with self._lock:
             has_fallen = pull.endpoint.instance_id in self._fallen
             self._under_way[pull.ticket] = False
@@ -46,7 +46,7 @@ class FallbackImporter:
         """Close the first; the second is closed by whoever owns it."""
         self._first.close()
 
-    def _first_ended(self, pull: Pull, ended: PullEnded, done: PullDone) -> None:
+    def _first_ended(self, pull: RankPull, ended: PullEnded, done: PullDone) -> None:
         with self._lock:
             is_cancelled = self._under_way[pull.ticket]
         if ended.status is not PullStatus.FAILED or is_cancelled:
@@ -58,7 +58,7 @@ class FallbackImporter:
         if is_cancelled:  # the cancel may have come between the two
             self._second.cancel(pull.ticket)
 
-    def _second_ended(self, pull: Pull, ended: PullEnded, again: PullEnded, done: PullDone) -> None:
+    def _second_ended(self, pull: RankPull, ended: PullEnded, again: PullEnded, done: PullDone) -> None:
         """A peer that TCP does not reach either is gone, not fallen back."""
         peer = pull.endpoint.instance_id
         if again.status in (PullStatus.DONE, PullStatus.MISMATCH):
@@ -71,7 +71,7 @@ class FallbackImporter:
                 self._post(TransportFallback(peer, self._transport, TCP, ended.message))
         self._finish(again, done)
 
-    def _pull_second(self, pull: Pull, done: PullDone) -> None:
+    def _pull_second(self, pull: RankPull, done: PullDone) -> None:
         try:
             control = OneSidedAddress.decode(pull.endpoint.address).control
         except TransportError as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hmac
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from tandem.core.messages.transfer import Slab
 from tandem.transfer.pages import Numbers, Pages
 from tandem.transfer.tcp_stream import Stream
 
@@ -17,11 +18,12 @@ _ABSENT = -1
 
 @dataclass(slots=True, eq=False)
 class Grant:
-    """One attempt of a hand-off. `numbers[ordinal]` is its page, or absent."""
+    """One attempt of a hand-off. `numbers[ordinal]` is its page, or absent. A piece is a slab of every page."""
 
     handoff_id: bytes
     attempt: int
     token: bytes
+    pieces: tuple[Slab, ...]
     is_live: bool = True
     pages: Pages | None = None
 
@@ -31,14 +33,14 @@ class Grant:
         numbers = np.full(max(len(known), end), _ABSENT, dtype=np.int64)
         numbers[: len(known)] = known
         numbers[first_ordinal:end] = pages.numbers
-        self.pages = Pages(pages.space, numbers)
+        self.pages = Pages(pages.space, numbers, pages.slab)
 
-    def select(self, ordinals: Numbers) -> Pages | None:
-        """Return the pages of these ordinals, None if one is not announced."""
+    def select(self, ordinals: Numbers, piece: int) -> Pages | None:
+        """Return a piece of the pages of these ordinals, None if one is not announced."""
         if self.pages is None or int(ordinals.max()) >= len(self.pages.numbers) or int(ordinals.min()) < 0:
             return None
         numbers = self.pages.numbers[ordinals]
-        return None if int(numbers.min()) == _ABSENT else Pages(self.pages.space, numbers)
+        return None if int(numbers.min()) == _ABSENT else Pages(self.pages.space, numbers, self.pieces[piece])
 
 
 @dataclass(slots=True, eq=False)
@@ -57,14 +59,14 @@ class GrantTable:
         self._grants: dict[bytes, Grant] = {}
         self._sending: dict[bytes, _Sending] = {}
 
-    def open(self, handoff_id: bytes, attempt: int, token: bytes) -> None:
+    def open(self, handoff_id: bytes, attempt: int, token: bytes, pieces: Sequence[Slab]) -> None:
         with self._lock:
             grant = self._grants.get(handoff_id)
             if grant is not None:
                 if grant.attempt >= attempt:
                     return
                 grant.is_live = False
-            self._grants[handoff_id] = Grant(handoff_id, attempt, token)
+            self._grants[handoff_id] = Grant(handoff_id, attempt, token, tuple(pieces))
 
     def add(self, handoff_id: bytes, attempt: int, first_ordinal: int, pages: Pages) -> None:
         with self._lock:
@@ -72,13 +74,17 @@ class GrantTable:
             if grant is not None and grant.attempt == attempt:
                 grant.add(first_ordinal, pages)
 
-    def select(self, handoff_id: bytes, attempt: int, token: bytes, ordinals: Numbers) -> tuple[Grant, Pages] | str:
-        """Return the grant and its pages, or why not."""
+    def select(
+        self, handoff_id: bytes, attempt: int, token: bytes, ordinals: Numbers, piece: int = 0
+    ) -> tuple[Grant, Pages] | str:
+        """Return the grant and a piece of its pages, or why not."""
         with self._lock:
             grant = self._grants.get(handoff_id)
             if grant is None or grant.attempt != attempt or not hmac.compare_digest(grant.token, token):
                 return "no such hand-off, attempt or token"  # not which: a stranger learns nothing
-            pages = grant.select(ordinals)
+            if not 0 <= piece < len(grant.pieces):
+                return f"this hand-off has {len(grant.pieces)} pieces"
+            pages = grant.select(ordinals, piece)
         return "an ordinal is not announced" if pages is None else (grant, pages)
 
     def begin(self, grant: Grant, stream: Stream) -> bool:

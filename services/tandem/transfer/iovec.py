@@ -41,13 +41,13 @@ for _call in (_libc.sendmsg, _libc.recvmsg):
 
 
 class Runs:
-    """Pages as one byte stream over memory, adjacent ones coalesced. Whoever uses it keeps the memory mapped."""
+    """Runs of equal length as one byte stream over memory, adjacent ones coalesced. Whoever uses it keeps that."""
 
-    def __init__(self, addresses: npt.NDArray[np.uint64], page_bytes: int) -> None:
+    def __init__(self, addresses: npt.NDArray[np.uint64], run_bytes: int) -> None:
         is_head = np.ones(len(addresses), dtype=bool)
-        is_head[1:] = addresses[1:] != addresses[:-1] + np.uint64(page_bytes)
+        is_head[1:] = addresses[1:] != addresses[:-1] + np.uint64(run_bytes)
         heads = np.flatnonzero(is_head)
-        ends = np.append(heads, len(addresses)).astype(np.int64) * page_bytes
+        ends = np.append(heads, len(addresses)).astype(np.int64) * run_bytes
         self._offsets: list[int] = ends.tolist()  # run i: stream bytes [offsets[i], offsets[i + 1])
         self._vectors: Iovecs = np.empty((len(heads), 2), dtype=np.uint64)
         self._vectors[:, 0] = addresses[heads]
@@ -55,7 +55,7 @@ class Runs:
 
     @classmethod
     def of(cls, pages: Pages) -> Runs:
-        return cls(pages.addresses, pages.space.page_bytes)
+        return cls(pages.addresses, pages.slab.run_bytes)
 
     def iovecs(self, begin: int, end: int) -> Iovecs:
         """Return the memory of stream bytes [begin, end)."""

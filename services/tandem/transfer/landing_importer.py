@@ -7,14 +7,15 @@ import time
 
 import numpy as np
 
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull, Source
 from tandem.errors import TransportError
 from tandem.transfer.contract import PullDone
 from tandem.transfer.engine_pool import EnginePool
 from tandem.transfer.iovec import Runs
 from tandem.transfer.landing_link import LandingLink
-from tandem.transfer.one_sided import OneSidedAddress
-from tandem.transfer.pages import PageSpace
+from tandem.transfer.landing_ring import Remote
+from tandem.transfer.one_sided import OneSidedAddress, arena_bytes
+from tandem.transfer.pages import PageSpace, check_slab, slab_addresses
 from tandem.transfer.pull_job import PullJob
 from tandem.transfer.tcp_stream import TcpSettings
 
@@ -40,11 +41,11 @@ class LandingImporter:
         self._watcher = threading.Thread(target=self._watch, name="kv-watch", daemon=True)
         self._watcher.start()
 
-    def pull(self, pull: Pull, done: PullDone) -> None:
+    def pull(self, pull: RankPull, done: PullDone) -> None:
         job = PullJob(pull, self._space, self._transport, lambda ended: self._ended(ended, done))
         job.hold()
         try:
-            self._assign(job, self._remote_runs(pull))
+            self._assign(job, self._remote(job))
         except TransportError as error:
             job.break_off(PullStatus.FAILED, error.message)
             job.let_go()
@@ -64,15 +65,19 @@ class LandingImporter:
             link.close(_CLOSE_SECONDS)
         self._watcher.join(_CLOSE_SECONDS)
 
-    def _remote_runs(self, pull: Pull) -> Runs:
+    def _remote(self, job: PullJob) -> Remote:
+        pull = job.pull
         address = OneSidedAddress.decode(pull.endpoint.address)
         if len(pull.remote_pages) != len(pull.pages) * _NUMBER_BYTES:
             raise TransportError("the exporter announced no page numbers")
         numbers = np.frombuffer(pull.remote_pages, dtype="<u4").astype(np.uint64)
-        page_bytes = self._space.page_bytes
-        return Runs(np.uint64(address.pool) + numbers * np.uint64(page_bytes), page_bytes)
+        source = pull.source or Source(self._space.page_bytes, self._space.whole)
+        check_slab(source.slab, source.page_bytes)
+        assert source.slab.num_bytes == job.pages.bytes_each, "both ends cut the same piece"
+        addresses = slab_addresses(numbers, address.pool, source.page_bytes, source.slab)
+        return Remote(Runs(addresses, source.slab.run_bytes), address.pool, arena_bytes(source.page_bytes))
 
-    def _assign(self, job: PullJob, remote: Runs) -> None:
+    def _assign(self, job: PullJob, remote: Remote) -> None:
         """Give a pull to its peer's link, a new one if the present one drains. Raises TransportError."""
         endpoint = job.pull.endpoint
         key = (endpoint.address, endpoint.instance_id)

@@ -20,9 +20,8 @@ from tandem.core.messages.transfer import PullStatus
 from tandem.errors import TransportError
 from tandem.transfer.engine_pool import EnginePool, Landing
 from tandem.transfer.handshake import dial
-from tandem.transfer.iovec import Runs
-from tandem.transfer.landing_ring import Batch, LandingRing, cut_at_arenas
-from tandem.transfer.one_sided import PROBE_BYTES, OneSidedAddress, ReadEngine, ReadState, arena_bytes, probe_pattern
+from tandem.transfer.landing_ring import Batch, LandingRing, Remote
+from tandem.transfer.one_sided import PROBE_BYTES, OneSidedAddress, ReadEngine, ReadState, probe_pattern
 from tandem.transfer.pull_job import PullJob
 from tandem.transfer.tcp_stream import TcpSettings
 
@@ -37,7 +36,7 @@ class _Entry:
     """A pull and how far it is. `missing[i]`: bytes of its page i that have not landed."""
 
     job: PullJob
-    remote: Runs
+    remote: Remote
     missing: npt.NDArray[np.int64]
     moved_at: float
     submitted: int = 0  # bytes of its stream that were asked for
@@ -45,7 +44,7 @@ class _Entry:
     def land(self, batch: Batch) -> None:
         """Move a finished batch into the pages and verify those that are complete now."""
         batch.scatter()
-        size = self.job.pages.space.page_bytes
+        size = self.job.pages.bytes_each
         touched = np.arange(batch.begin // size, -(-batch.end // size))
         landed = np.minimum(batch.end, (touched + 1) * size) - np.maximum(batch.begin, touched * size)
         self.missing[touched] -= landed
@@ -82,9 +81,9 @@ class LandingLink:
         """Begin; pulls that came before wait for it."""
         self._thread.start()
 
-    def pull(self, job: PullJob, remote: Runs) -> bool:
+    def pull(self, job: PullJob, remote: Remote) -> bool:
         """Take a pull over, which holds its job once; False if this link takes no more."""
-        missing = np.full(len(job.ordinals), job.pages.space.page_bytes, dtype=np.int64)
+        missing = np.full(len(job.ordinals), job.pages.bytes_each, dtype=np.int64)
         with self._changed:
             if self._is_draining:
                 return False
@@ -172,7 +171,7 @@ class LandingLink:
         pause = _POLL_SECONDS_MIN
         while self._wait_for_work():
             has_moved = False
-            while (prepared := self._prepare(ring, address)) is not None:
+            while (prepared := self._prepare(ring)) is not None:
                 self._submit(engine, ring, address.session, *prepared)
                 has_moved = True
             for read, batch in list(self._batches.items()):
@@ -204,7 +203,7 @@ class LandingLink:
             self._is_draining = True
             return False
 
-    def _prepare(self, ring: LandingRing, address: OneSidedAddress) -> tuple[Batch, list[tuple[int, int]]] | None:
+    def _prepare(self, ring: LandingRing) -> tuple[Batch, list[tuple[int, int]]] | None:
         """Choose the next reads: the oldest pull's next bytes, as many as a slot and the engine's queue take."""
         with self._changed:
             while self._waiting and self._waiting[0].job not in self._entries:
@@ -214,9 +213,7 @@ class LandingLink:
                 return None
             entry = self._waiting[0]
             begin, total = entry.submitted, entry.job.pages.num_bytes
-            runs = entry.remote.iovecs(begin, min(begin + ring.slot_bytes, total))
-            arena = arena_bytes(entry.job.pages.space.page_bytes)
-            pieces = cut_at_arenas(runs, address.pool, arena)[:MAX_OUTSTANDING_READS]
+            pieces = entry.remote.reads(begin, min(begin + ring.slot_bytes, total))[:MAX_OUTSTANDING_READS]
             if len(pieces) > room:
                 ring.give_back(slot)
                 return None

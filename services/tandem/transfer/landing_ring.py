@@ -63,6 +63,19 @@ class Batch:
                 source, begin = source + length, begin + length
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Remote:
+    """What a pull reads, where it lies at the exporter: its pool begins at `base` and is registered in arenas."""
+
+    runs: Runs
+    base: int
+    arena: int
+
+    def reads(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return (address, length) of each read that stream bytes [begin, end) take."""
+        return cut_at_arenas(self.runs.iovecs(begin, end), self.base, self.arena)
+
+
 def cut_at_arenas(runs: Iovecs, base: int, arena: int) -> list[tuple[int, int]]:
     """Split remote runs (address, length) where a registration ends: one read may not cross it."""
     pieces: list[tuple[int, int]] = []

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tandem.config import TransferConfig
 from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.transfer import Slab
 from tandem.errors import TransportError
 from tandem.transfer.choice import MOONCAKE_RDMA, mooncake_absence
 from tandem.transfer.one_sided import OneSidedAddress, ReadId, ReadState, arenas, probe_pattern
@@ -111,7 +112,7 @@ class MooncakeExporter:
         address = OneSidedAddress(mooncake.session(self._engine), space.address, probe, control)
         self.endpoint = RankEndpoint(transport=mooncake.transport, address=address.encode(), instance_id=instance_id)
 
-    def open(self, handoff_id: bytes, attempt: int, token: bytes) -> None:
+    def open(self, handoff_id: bytes, attempt: int, token: bytes, pieces: Sequence[Slab]) -> None:
         """Nothing to do: readers name memory."""
 
     def add(self, handoff_id: bytes, attempt: int, first_ordinal: int, pages: Pages) -> None:

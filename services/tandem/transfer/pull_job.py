@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull
 from tandem.transfer import hashing
 from tandem.transfer.contract import PullDone
 from tandem.transfer.pages import Pages, PageSpace
@@ -19,9 +19,9 @@ _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 class PullJob:
     """Thread-safe. It is over, and says so once, when no part holds it any more (`hold`, `let_go`)."""
 
-    def __init__(self, pull: Pull, space: PageSpace, transport: str, done: PullDone) -> None:
+    def __init__(self, pull: RankPull, space: PageSpace, transport: str, done: PullDone) -> None:
         self.pull = pull
-        self.pages = Pages.of(space, pull.pages)
+        self.pages = Pages.of(space, pull.pages, pull.slab)
         self.ordinals = np.asarray(pull.ordinals, dtype=np.int64)
         self.expected = hashing.unpack(pull.checksums)
         if not len(self.pages.numbers) == len(self.ordinals) == len(self.expected) > 0:
@@ -73,7 +73,7 @@ class PullJob:
             status=status,
             good_ordinals=self._ordinals_with(_GOOD),
             bad_ordinals=bad,
-            num_bytes=int(np.count_nonzero(self._verdicts)) * self.pages.space.page_bytes,
+            num_bytes=int(np.count_nonzero(self._verdicts)) * self.pages.bytes_each,
             seconds=0.0 if self._first_read is None else time.monotonic() - self._first_read,
             transport=self._transport,
             message=message,

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull
 from tandem.errors import TransportError
 from tandem.transfer import hashing
 from tandem.transfer.contract import Importer
@@ -39,11 +39,11 @@ def check_tcp(exporter: TcpExporter, page_bytes: int, settings: TcpSettings) -> 
     source.rows[:, 0] = np.arange(_NUM_PAGES)
     pages = Pages.of(source, range(_NUM_PAGES))
     handoff_id, token = os.urandom(16), os.urandom(16)
-    exporter.open(handoff_id, 1, token)
+    exporter.open(handoff_id, 1, token, (source.whole,))
     exporter.add(handoff_id, 1, 0, pages)
     importer = TcpImporter(target, settings)
     try:
-        pull = Pull(
+        pull = RankPull(
             ticket=0,
             endpoint=exporter.endpoint,
             handoff_id=handoff_id,
@@ -71,7 +71,7 @@ def check_one_sided(
     address = OneSidedAddress.decode(endpoint.address)
     importer = new_importer(target)
     try:
-        pull = Pull(
+        pull = RankPull(
             ticket=0,
             endpoint=replace(endpoint, address=replace(address, pool=address.probe).encode()),
             handoff_id=b"",
@@ -87,7 +87,7 @@ def check_one_sided(
         importer.close()
 
 
-def _pull(importer: Importer, pull: Pull, settings: TcpSettings) -> None:
+def _pull(importer: Importer, pull: RankPull, settings: TcpSettings) -> None:
     outcomes: list[PullEnded] = []
     has_ended = threading.Event()
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tandem.core.messages.transfer import CancelPull, Export, Pull, PullEnded, PullStatus, Revoke, TransferCommand
+from tandem.core.messages.transfer import (
+    CancelPull,
+    PullEnded,
+    PullStatus,
+    RankExport,
+    RankPull,
+    Revoke,
+    TransferCommand,
+)
 from tandem.transfer.contract import Exporter, Importer, Post
 from tandem.transfer.export_queue import ExportQueue
 from tandem.transfer.pages import PageSpace
@@ -23,11 +31,11 @@ class Service:
 
     def handle(self, command: TransferCommand) -> None:
         match command:
-            case Export():
+            case RankExport():
                 self._exports.export(command)
             case Revoke():
                 self._exports.revoke(command)
-            case Pull():
+            case RankPull():
                 self._pull(command)
             case CancelPull():
                 for importer in self._importers.values():
@@ -41,7 +49,7 @@ class Service:
             exporter.close()
         self._exports.close()
 
-    def _pull(self, pull: Pull) -> None:
+    def _pull(self, pull: RankPull) -> None:
         importer = self._importers.get(pull.endpoint.transport)
         if importer is None:
             message = f"transport {pull.endpoint.transport!r} is not there"

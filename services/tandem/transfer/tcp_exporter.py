@@ -11,9 +11,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.transfer import Slab
 from tandem.errors import TransportError
 from tandem.transfer import wire
 from tandem.transfer.choice import TCP
@@ -52,8 +53,8 @@ class TcpExporter:
         self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
         self._acceptor.start()
 
-    def open(self, handoff_id: bytes, attempt: int, token: bytes) -> None:
-        self._grants.open(handoff_id, attempt, token)
+    def open(self, handoff_id: bytes, attempt: int, token: bytes, pieces: Sequence[Slab]) -> None:
+        self._grants.open(handoff_id, attempt, token, pieces)
 
     def add(self, handoff_id: bytes, attempt: int, first_ordinal: int, pages: Pages) -> None:
         self._grants.add(handoff_id, attempt, first_ordinal, pages)
@@ -137,13 +138,14 @@ class TcpExporter:
     def _answer(self, stream: Stream) -> None:
         head = RequestHead.decode(stream.read(wire.REQUEST_BYTES))
         request = Request.decode(head, stream.read(head.body_bytes))
-        found = self._grants.select(request.handoff_id, request.attempt, request.token, request.ordinals)
+        asked = (request.handoff_id, request.attempt, request.token, request.ordinals, request.piece)
+        found = self._grants.select(*asked)
         if isinstance(found, str):
             self._refuse(stream, request, found)
             return
         grant, pages = found
-        if pages.space.page_bytes != request.page_bytes:
-            self._refuse(stream, request, f"pages have {pages.space.page_bytes} bytes, not {request.page_bytes}")
+        if pages.bytes_each != request.piece_bytes:
+            self._refuse(stream, request, f"a page's piece has {pages.bytes_each} bytes, not {request.piece_bytes}")
             return
         plan = FramePlan.sending(request.sequence, pages)
         for step in plan.steps:

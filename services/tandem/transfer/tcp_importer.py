@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from tandem.core.messages.transfer import Pull, PullEnded, PullStatus
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull
+from tandem.core.sharding import MAX_PIECES_OF_RANK
 from tandem.transfer.choice import TCP
 from tandem.transfer.contract import PullDone
 from tandem.transfer.pages import PageSpace
@@ -29,12 +30,12 @@ class TcpImporter:
         self._links: dict[tuple[str, bytes], TcpLink] = {}
         self._jobs: dict[int, tuple[PullJob, TcpLink]] = {}
 
-    def pull(self, pull: Pull, done: PullDone) -> None:
+    def pull(self, pull: RankPull, done: PullDone) -> None:
         job = PullJob(pull, self._space, TCP, lambda ended: self._ended(ended, done))
         parts = self._cut(job)
         job.hold(len(parts))
-        if max(len(pull.handoff_id), len(pull.token)) > MAX_ID_BYTES:  # the exporter chose the token
-            job.break_off(PullStatus.FAILED, f"the hand-off's id or token is longer than {MAX_ID_BYTES} bytes")
+        if fault := _fault(pull):
+            job.break_off(PullStatus.FAILED, fault)
             job.let_go(len(parts))
             return
         with self._lock:
@@ -63,7 +64,7 @@ class TcpImporter:
 
     def _cut(self, job: PullJob) -> list[Part]:
         """Share the pages between the connections, in parts that are neither tiny nor long."""
-        num_pages, page_bytes = len(job.ordinals), self._space.page_bytes
+        num_pages, page_bytes = len(job.ordinals), job.pages.bytes_each
         fair = -(-num_pages // self._settings.connections)
         low, high = -(-_PART_BYTES_MIN // page_bytes), max(1, min(_PART_BYTES_MAX // page_bytes, MAX_ORDINALS))
         step = min(max(fair, low), high)
@@ -80,3 +81,10 @@ class TcpImporter:
             key = (link.endpoint.address, link.endpoint.instance_id)
             if link.is_idle and self._links.get(key) is link:
                 del self._links[key]
+
+
+def _fault(pull: RankPull) -> str:
+    """Return what a request could not carry: the exporter chose the token and its sharding."""
+    if max(len(pull.handoff_id), len(pull.token)) > MAX_ID_BYTES:
+        return f"the hand-off's id or token is longer than {MAX_ID_BYTES} bytes"
+    return "" if pull.piece < MAX_PIECES_OF_RANK else f"piece {pull.piece}, {MAX_PIECES_OF_RANK} are the most"

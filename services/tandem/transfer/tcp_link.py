@@ -208,7 +208,7 @@ class _PartReader:
         self._part = part
         self._stream = stream
         self._sequence = sequence
-        self._page_bytes = part.job.pages.space.page_bytes
+        self._page_bytes = part.job.pages.bytes_each
         self.has_begun = False
 
     def read(self) -> None:
@@ -221,7 +221,8 @@ class _PartReader:
             handoff_id=job.pull.handoff_id,
             attempt=job.pull.attempt,
             token=job.pull.token,
-            page_bytes=self._page_bytes,
+            piece=job.pull.piece,
+            piece_bytes=self._page_bytes,
             ordinals=job.ordinals[begin:end],
         )
         plan = FramePlan.receiving(pages)

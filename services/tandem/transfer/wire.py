@@ -3,7 +3,7 @@
     importer: Hello                      exporter: Welcome          (with a shared key: a proof each, importer first)
     importer: Request                    exporter: Frame*           until all pages are sent, or one that refuses
 
-A response is the requested pages as one byte stream, cut into frames. One request at a time on a connection.
+A response is the requested pieces of pages as one byte stream, cut into frames. One request at a time on a connection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAGIC = b"TdKV"
 _HELLO = struct.Struct(f"<4sHH{INSTANCE_BYTES}s{NONCE_BYTES}s")
 # What an exporter sends is padded to whole cache lines: the kernel copies bodies that are not aligned 5 % slower.
 _WELCOME = struct.Struct(f"<4sHBB{INSTANCE_BYTES}s{NONCE_BYTES}s8x")
-_REQUEST = struct.Struct("<4sBBHIIQQ")
+_REQUEST = struct.Struct("<4sBBBBIIQQ")  # a whole page is piece 0
 _FRAME = struct.Struct("<4sIIIQ40x")
 
 HELLO_BYTES = _HELLO.size
@@ -85,14 +85,15 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestHead:
-    """What precedes handoff_id, token and ordinals; `body_bytes` of them follow."""
+    """What precedes handoff_id, token and ordinals; `body_bytes` of them follow. `piece_bytes`: of each page."""
 
     handoff_id_bytes: int
     token_bytes: int
     sequence: int
     num_ordinals: int
     attempt: int
-    page_bytes: int
+    piece: int
+    piece_bytes: int
 
     @property
     def body_bytes(self) -> int:
@@ -100,7 +101,7 @@ class RequestHead:
 
     @classmethod
     def decode(cls, data: bytes) -> RequestHead:
-        magic, id_bytes, token_bytes, version, sequence, num_ordinals, attempt, page_bytes = _REQUEST.unpack(data)
+        magic, id_bytes, token_bytes, version, piece, sequence, num_ordinals, attempt, size = _REQUEST.unpack(data)
         _check_magic(magic, version)
         if not 0 < num_ordinals <= MAX_ORDINALS or id_bytes > MAX_ID_BYTES or token_bytes > MAX_ID_BYTES:
             raise ProtocolError("a request is over the limits")
@@ -110,7 +111,8 @@ class RequestHead:
             sequence=sequence,
             num_ordinals=num_ordinals,
             attempt=attempt,
-            page_bytes=page_bytes,
+            piece=piece,
+            piece_bytes=size,
         )
 
 
@@ -120,8 +122,9 @@ class Request:
     handoff_id: bytes
     attempt: int
     token: bytes
-    page_bytes: int
+    piece_bytes: int
     ordinals: npt.NDArray[np.int64]
+    piece: int = 0
 
     def encode(self) -> bytes:
         head = _REQUEST.pack(
@@ -129,10 +132,11 @@ class Request:
             len(self.handoff_id),
             len(self.token),
             VERSION,
+            self.piece,
             self.sequence,
             len(self.ordinals),
             self.attempt,
-            self.page_bytes,
+            self.piece_bytes,
         )
         return head + self.handoff_id + self.token + self.ordinals.astype("<u4").tobytes()
 
@@ -144,7 +148,8 @@ class Request:
             handoff_id=body[: head.handoff_id_bytes],
             attempt=head.attempt,
             token=body[head.handoff_id_bytes : token_end],
-            page_bytes=head.page_bytes,
+            piece=head.piece,
+            piece_bytes=head.piece_bytes,
             ordinals=np.frombuffer(body, dtype="<u4", offset=token_end).astype(np.int64),
         )
 

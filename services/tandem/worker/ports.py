@@ -1,4 +1,4 @@
-"""Where the event loop's events come from and its effects go to: frontend pipe, device, transfer process, clock.
+"""Where the event loop's events come from and its effects go to: frontend pipe, device, transfer processes, clock.
 
 One selector; nothing here blocks but `wait`. Events of one source keep their order, and so do effects to one
 destination. What does not fit into a pipe is written when the pipe takes it, which `wait` sees to.
@@ -15,7 +15,7 @@ from tandem.core.messages.transfer import CancelPull, Export, Pull, Revoke
 from tandem.engine.device import Device
 from tandem.ipc import Channel
 from tandem.worker.messages import StepEnded
-from tandem.worker.transfer_link import TransferLink
+from tandem.worker.transfer_group import TransferGroup, Watched
 
 _TO_TRANSFER = (Export, Revoke, Pull, CancelPull)
 _TO_CLIENTS = (Tokens, Ended)
@@ -28,7 +28,7 @@ class RankPorts:
     """
 
     def __init__(
-        self, frontend: Channel, device: Device, transfer: TransferLink | None, clock: Callable[[], float]
+        self, frontend: Channel, device: Device, transfer: TransferGroup | None, clock: Callable[[], float]
     ) -> None:
         self._frontend = frontend
         self._device = device
@@ -102,11 +102,10 @@ class RankPorts:
     def _watch_all(self) -> None:
         self._watch(self._device, selectors.EVENT_READ)
         self._watch(self._frontend, _interest(self._frontend))
-        channel = self._transfer.channel if self._transfer is not None else None
-        if channel is not None:
+        for channel in self._transfer.channels if self._transfer is not None else ():
             self._watch(channel, _interest(channel))
 
-    def _watch(self, source: Device | Channel, interest: int) -> None:
+    def _watch(self, source: Device | Channel | Watched, interest: int) -> None:
         """Register what changed. A descriptor that was closed leaves epoll by itself; its number may come back."""
         fd = source.fileno()
         known = self._watched.get(fd)
@@ -121,5 +120,5 @@ class RankPorts:
         self._watched[fd] = (source, interest)
 
 
-def _interest(channel: Channel) -> int:
+def _interest(channel: Watched) -> int:
     return selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.pending_bytes else 0)

@@ -10,11 +10,11 @@ import logging
 import secrets
 import select
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from tandem.config import ModelConfig
+from tandem.core.messages.handoff import Sharding
 from tandem.core.messages.plans import Plan, Row, Sample
 from tandem.core.messages.sampling import SamplingParams
 from tandem.core.messages.transfer import TransferReady
@@ -28,14 +28,12 @@ from tandem.engine.start import Engine, start_engine
 from tandem.errors import ConfigError, TandemError
 from tandem.ipc import Channel, ChannelClosed
 from tandem.transfer.choice import check_transport
-from tandem.transfer.process import TransferProcess
 from tandem.worker.chores import Chores
 from tandem.worker.loop import run
 from tandem.worker.messages import StartRank
 from tandem.worker.ports import RankPorts
-from tandem.worker.transfer_link import TransferLink
+from tandem.worker.transfer_start import Transfer, start_transfer
 
-START_SECONDS = 60.0  # for the first transfer process to pass its self-test
 WARM_UP_SECONDS = 300.0
 FINISH_SECONDS = 5.0  # for the frontend to take the last messages
 _WARM_UP_PLAN_ID = -1  # before every plan of the scheduler
@@ -58,35 +56,29 @@ def serve(start: StartRank, frontend: Channel) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Transfer:
-    """The transfer side of a rank; both None for a role that hands nothing over."""
-
-    link: TransferLink | None = None
-    ready: TransferReady | None = None
-
-
 def _serve(start: StartRank, frontend: Channel) -> None:
     began = time.monotonic()
     progress = _progress_to(frontend)
     if start.role != "unified":
         check_transport(start.config.transfer)
     engine = start_engine(start.config, progress)
-    transfer = _Transfer()
+    transfer = Transfer()
     try:
         _warm_up(engine, progress)
-        transfer = _start_transfer(start, engine, progress)
+        if start.role != "unified":
+            progress("starting the transfer process")
+            transfer = start_transfer(start, engine)
         loop = select_loop(start.role, start.config.scheduler.loop, start.config.parallel.pipeline_size).loop
         scheduler = Scheduler(_settings(start, engine, loop), lambda: secrets.token_bytes(TOKEN_BYTES))
         if transfer.ready is not None:
             scheduler.handle(transfer.ready, time.monotonic())
-        ports = RankPorts(frontend, engine.device, transfer.link, time.monotonic)
+        ports = RankPorts(frontend, engine.device, transfer.group, time.monotonic)
         ports.send(_ready(start, engine, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
         run(scheduler, engine.device, ports, time.monotonic, loop.depth, Chores(ports.send, time.monotonic))
         ports.finish(FINISH_SECONDS)
     finally:
-        if transfer.link is not None:
-            transfer.link.stop()
+        if transfer.group is not None:
+            transfer.group.stop()
         engine.device.close()
 
 
@@ -135,40 +127,6 @@ def _resolve(device: Device, plan: Plan) -> None:
     device.resolved()
 
 
-def _start_transfer(start: StartRank, engine: Engine, progress: Callable[[str], None]) -> _Transfer:
-    """Start the transfer process and wait for its self-test. Raises TandemError if it does not pass in time."""
-    if start.role == "unified":
-        return _Transfer()
-    progress("starting the transfer process")
-
-    def spawn() -> TransferProcess:
-        config = start.config
-        return TransferProcess.spawn(
-            config.transfer, config.handoff, engine.memory, engine.layout, start.worker_host, config.tls
-        )
-
-    link = TransferLink(spawn, time.monotonic, engine.device.adopt)
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        link.advance()
-        channels: Sequence[Channel] = [link.channel] if link.channel is not None else []
-        readable, _, _ = select.select(channels, [], [], 0.1)
-        for outcome in link.receive() if readable else []:
-            if isinstance(outcome, TransferReady):
-                _require_transport(start.role, outcome, link)
-                return _Transfer(link, outcome)
-    link.stop()
-    raise TandemError(f"the transfer process was not ready within {START_SECONDS:g} s; its log says why")
-
-
-def _require_transport(role: str, ready: TransferReady, link: TransferLink) -> None:
-    """Not ready without a transport: raises TandemError with why each of them is missing."""
-    if ready.endpoints if role == "prefill" else ready.imports:
-        return
-    link.stop()
-    raise TandemError(f"no transport came up: {'; '.join(ready.notes) or 'no reason was given'}")
-
-
 def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings:
     return SchedulerSettings(
         role=start.role,
@@ -184,6 +142,9 @@ def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings
         fingerprint=engine.fingerprint,
         numerics=engine.numerics,
         instance_id=start.instance_id,
+        sharding=Sharding(start.config.parallel.tensor_size, start.config.parallel.pipeline_size),
+        num_layers=engine.spec.num_layers,
+        num_kv_heads=engine.spec.num_kv_heads,
     )
 
 

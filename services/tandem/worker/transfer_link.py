@@ -1,4 +1,4 @@
-"""Rank 0's tie to its transfer process: starts it, starts it again when it dies, and never makes the loop wait.
+"""A rank's tie to its transfer process: starts it, starts it again when it dies, and never makes the loop wait.
 
 A transfer process that is gone takes all of its reads with it; that is what TransferLost says, once for each life that
 had been ready. Commands for a process that is not there are dropped: after TransferLost nobody awaits their answers.
@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tandem.core.messages.transfer import (
-    Pull,
-    PullEnded,
-    TransferCommand,
+    Adopt,
+    RankCommand,
     TransferLost,
     TransferOutcome,
     TransferReady,
@@ -44,7 +43,7 @@ class Process(Protocol):
 
 
 class TransferLink:
-    """At most one life of the transfer process at a time. `adopt` is told of pages that a pull has filled."""
+    """A RankLink with at most one life of the process at a time. `adopt` is told of pages that are here as a whole."""
 
     def __init__(
         self, spawn: Callable[[], Process], clock: Callable[[], float], adopt: Callable[[Sequence[int]], None]
@@ -57,7 +56,6 @@ class TransferLink:
         self._started = 0.0
         self._restart_due: float | None = clock()
         self._backoff = BACKOFF_SECONDS_MIN
-        self._pulls: dict[int, Pull] = {}
 
     @property
     def channel(self) -> Channel | None:
@@ -79,12 +77,13 @@ class TransferLink:
             return self._lost(f"not ready within {READY_SECONDS:g} s")
         return []
 
-    def send(self, command: TransferCommand) -> None:
+    def send(self, command: RankCommand) -> None:
         """Queue a command; `flush` after a batch."""
+        if isinstance(command, Adopt):
+            self._adopt(command.pages)
+            return
         if self._process is None:
             return
-        if isinstance(command, Pull):
-            self._pulls[command.ticket] = command
         try:
             self._process.channel.send(command)
         except ChannelClosed as error:
@@ -129,11 +128,6 @@ class TransferLink:
         match outcome:
             case TransferReady():
                 self._ready = True
-            case PullEnded():
-                pull = self._pulls.pop(outcome.ticket, None)
-                if pull is not None and outcome.good_ordinals:
-                    page_of = dict(zip(pull.ordinals, pull.pages, strict=True))
-                    self._adopt([page_of[ordinal] for ordinal in outcome.good_ordinals])
             case TransportFallback():
                 _logger.warning(
                     "transport of peer %s: %s instead of %s: %s",
@@ -156,7 +150,6 @@ class TransferLink:
         process.stop()
         now = self._clock()
         was_ready, self._ready = self._ready, False
-        self._pulls.clear()
         if now - self._started >= STABLE_SECONDS:
             self._backoff = BACKOFF_SECONDS_MIN
         _logger.error("transfer process %d is gone (%s), next start in %g s", process.pid, message, self._backoff)

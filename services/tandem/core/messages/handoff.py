@@ -59,7 +59,7 @@ class RankEndpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
     handoff_token: bytes
-    endpoints: tuple[RankEndpoint, ...]
+    endpoints: tuple[RankEndpoint, ...]  # of every exporting rank, one a transport
     sharding: Sharding
     numerics: str
     checksum: str
@@ -68,13 +68,18 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class RankPages:
+    """One piece of the announced pages: what one importing rank reads from one exporting rank."""
+
     checksums: bytes  # packed little-endian uint64, one a page
-    page_numbers: bytes  # packed little-endian uint32; one-sided transports only
+    page_numbers: bytes  # packed little-endian uint32; one-sided transports only, and only in the first piece
 
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Pages [first_ordinal, first_ordinal + n) are final and readable; n is the number of checksums."""
+    """Pages [first_ordinal, first_ordinal + n) are final and readable on all ranks; n is the checksums of each piece.
+
+    `ranks` has one entry a piece, in the order of core/sharding.py: by exporting rank, then by importing rank.
+    """
 
     first_ordinal: int
     tokens_ready: int

@@ -1,21 +1,25 @@
-"""What rank 0 and its transfer process say to each other. Every page number is one of this rank's own pool."""
+"""What a scheduler and its worker's transfer processes say to each other. A page has one number in all ranks' pools.
+
+The scheduler speaks of whole pages of the model (Export, Pull); worker/transfer_group.py cuts that into what each
+rank's own process does (RankExport, RankPull) and puts the answers together. core/sharding.py numbers the pieces.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 
-from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.handoff import RankEndpoint, Sharding
 
-# ---- rank -> transfer process -------------------------------------------------------------------------------------
+# ---- scheduler -> all ranks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Hash these pages and serve them to holders of `token`. Answered by Exported.
+    """Hash these pages on every rank and serve them to holders of `token`. Answered by Exported.
 
     `pages[i]` has ordinal first_ordinal + i. The pages are final: nobody writes to them until Revoked has come.
-    A higher attempt replaces the token of a lower one at once; the lower is served no longer.
+    A higher attempt replaces the token of a lower one at once; the lower is served no longer. `importer` reads them.
     """
 
     handoff_id: bytes
@@ -23,6 +27,7 @@ class Export:
     token: bytes
     first_ordinal: int
     pages: tuple[int, ...]
+    importer: Sharding = Sharding()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +39,75 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
-    """Read `ordinals` from the endpoint into `pages` (same order) and verify each. Answered by exactly one PullEnded.
+    """Read `ordinals` from all exporting ranks into `pages` of all ranks (same order) and verify every piece of each.
 
-    `checksums` are packed little-endian uint64 and `remote_pages` packed uint32 (empty unless one-sided), same order.
+    Answered by exactly one PullEnded. `endpoints` are of one transport, one an exporting rank, by rank. `checksums`
+    are packed little-endian uint64, those of a piece together; `remote_pages` packed uint32 (empty unless one-sided).
+    """
+
+    ticket: int
+    endpoints: tuple[RankEndpoint, ...]
+    exporter: Sharding
+    handoff_id: bytes
+    attempt: int
+    token: bytes
+    ordinals: tuple[int, ...]
+    checksums: bytes
+    remote_pages: bytes
+    pages: tuple[int, ...]
+
+
+# ---- a rank -> its transfer process -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Some bytes of every page of a pool: `num_runs` runs of `run_bytes`, `stride` apart, the first at `offset`."""
+
+    offset: int
+    run_bytes: int
+    stride: int
+    num_runs: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_runs * self.run_bytes
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + (self.num_runs - 1) * self.stride + self.run_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RankExport:
+    """One rank's share of an Export. `pieces` are what each importing rank reads of a page; none: one, all of it.
+
+    The checksums of its Exported come piece by piece.
+    """
+
+    handoff_id: bytes
+    attempt: int
+    token: bytes
+    first_ordinal: int
+    pages: tuple[int, ...]
+    pieces: tuple[Slab, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a piece lies in the exporting rank's pages, for transports that name memory."""
+
+    page_bytes: int
+    slab: Slab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPull:
+    """Read one piece of `ordinals` from one exporting rank into `pages`. Answered by exactly one PullEnded.
+
+    `piece` counts the exporting rank's pieces, `slab` is where it belongs in this rank's pages, and `source` where it
+    lies in the exporter's. None: the whole page.
     """
 
     ticket: int
@@ -48,6 +119,9 @@ class Pull:
     checksums: bytes
     remote_pages: bytes
     pages: tuple[int, ...]
+    piece: int = 0
+    slab: Slab | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +129,13 @@ class CancelPull:
     """Break a pull off. Its PullEnded still comes, as soon as nothing more can arrive in its pages."""
 
     ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Every piece of these pages is verified: tell the rank's device. For the rank itself, not for its process."""
+
+    pages: tuple[int, ...]
 
 
 # ---- transfer process -> rank -------------------------------------------------------------------------------------
@@ -85,7 +166,7 @@ class Exported:
     handoff_id: bytes
     attempt: int
     first_ordinal: int
-    checksums: bytes  # packed little-endian uint64, one a page
+    checksums: bytes  # packed little-endian uint64, one a page, piece by piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +210,5 @@ class TransportFallback:
 
 
 TransferCommand = Export | Revoke | Pull | CancelPull
+RankCommand = RankExport | Revoke | RankPull | CancelPull | Adopt
 TransferOutcome = TransferReady | TransferLost | Exported | Revoked | PullEnded | TransportFallback

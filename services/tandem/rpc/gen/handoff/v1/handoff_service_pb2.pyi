@@ -251,7 +251,7 @@ class Accepted(_message.Message):
     checksum: _builtins.str
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankEndpoint]:
-        """one per exporting rank"""
+        """for each transport, one per exporting rank"""
 
     @_builtins.property
     def exporter(self) -> Global___Sharding: ...
@@ -322,7 +322,7 @@ class Announce(_message.Message):
     """prompt tokens covered so far"""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankPages]:
-        """by index into Accepted.endpoints"""
+        """one per piece: by exporting rank (pipeline rank, then tensor rank), then by importing rank; equal shardings have one piece a rank"""
 
     def __init__(
         self,
@@ -341,14 +341,16 @@ Global___Announce: _TypeAlias = Announce  # noqa: Y015
 
 @_typing.final
 class RankPages(_message.Message):
+    """One piece of the pages: the layers x heads that one importing rank reads from one exporting rank."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CHECKSUMS_FIELD_NUMBER: _builtins.int
     PAGE_NUMBERS_FIELD_NUMBER: _builtins.int
     checksums: _builtins.bytes
-    """packed little-endian uint64, one per page and part: the layer x head range that one importing rank reads"""
+    """packed little-endian uint64, one per page, over the piece in pool order"""
     page_numbers: _builtins.bytes
-    """packed little-endian uint32; one-sided transports only"""
+    """packed little-endian uint32; one-sided transports only; the same on every rank, so only in the first entry"""
     def __init__(
         self,
         *,
