@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear_kernels.hpp"
+#include "probes.hpp"
 
 namespace {
 
@@ -30,46 +31,88 @@ TANDEM_INLINE __m512 dot(__m512 sums, __m512i rows, __m512i columns) {
     return _mm512_dpbf16_ps(sums, (__m512bh)rows, (__m512bh)columns);
 }
 
-template <int M, int P>
-void dot_tile(std::int64_t depth, const char* rows, const std::uint16_t* columns, std::int64_t panel_stride,
-              Sums result) {
-    __m512 sums[M][P];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) sums[i][p] = _mm512_setzero_ps();
+// Rows as [pair][M] words: the packed strips of a linear.
+template <int M>
+struct PackedWords {
+    const char* from;
+    TANDEM_INLINE __m512i at(std::int64_t pair, int row) const {
+        std::int32_t word;
+        std::memcpy(&word, from + (pair * M + row) * 4, 4);
+        return _mm512_set1_epi32(word);
     }
-    for (std::int64_t k = 0; k < depth; k += 2) {
-        __m512i weights[P];
+};
+
+// Rows of words as they lie, `stride` words apart.
+struct StridedWords {
+    const float* from;
+    std::int64_t stride;
+    TANDEM_INLINE __m512i at(std::int64_t pair, int row) const {
+        std::int32_t word;
+        std::memcpy(&word, from + row * stride + pair, 4);
+        return _mm512_set1_epi32(word);
+    }
+};
+
+// Columns as words, 16 a panel.
+struct WordColumns {
+    const void* from;
+    std::int64_t pair_stride, panel_stride;  // words
+    template <int P>
+    TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
+        const char* start = static_cast<const char*>(from) + pair * pair_stride * 4;
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) weights[p] = _mm512_loadu_si512(columns + k * kPanelColumns + p * panel_stride);
+        for (int p = 0; p < P; ++p) words[p] = _mm512_loadu_si512(start + p * panel_stride * 4);
+    }
+};
+
+template <int M, int P, class Rows, class Columns>
+void dot_tile(std::int64_t pairs, Rows rows, Columns columns, Sums result) {
+    Lanes sums[M][P];
+    begin_sums(sums, result);
+    for (std::int64_t k = 0; k < pairs; ++k) {
+        __m512i words[P];
+        columns.take(k, words);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            std::int32_t pair;
-            std::memcpy(&pair, rows + (k / 2 * M + i) * 4, 4);
-            const __m512i x = _mm512_set1_epi32(pair);
+            const __m512i x = rows.at(k, i);
 #pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) sums[i][p] = dot(sums[i][p], x, weights[p]);
+            for (int p = 0; p < P; ++p) sums[i][p] = {dot(sums[i][p].v, x, words[p])};
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-            float* to = result.to + i * result.row_stride + p * result.panel_stride;
-            const Lanes sum{sums[i][p]};
-            store(to, result.start == Start::kAdd ? load(to) + sum : sum);
-        }
-    }
+    end_sums(sums, result);
 }
 
 template <int P, int M = kStripRows>
-TANDEM_INLINE void dot_strip(std::int64_t num_rows, std::int64_t depth, const char* rows,
-                             const std::uint16_t* columns, std::int64_t panel_stride, Sums result) {
+TANDEM_INLINE void dot_packed(std::int64_t num_rows, std::int64_t pairs, const char* rows, WordColumns columns,
+                              Sums result) {
     if (num_rows == M) {
-        dot_tile<M, P>(depth, rows, columns, panel_stride, result);
+        dot_tile<M, P>(pairs, PackedWords<M>{rows}, columns, result);
     } else if constexpr (M > 1) {
-        dot_strip<P, M - 1>(num_rows, depth, rows, columns, panel_stride, result);
+        dot_packed<P, M - 1>(num_rows, pairs, rows, columns, result);
+    }
+}
+
+template <int P, int M = kStripRows, class Columns>
+TANDEM_INLINE void dot_strip(std::int64_t num_rows, std::int64_t pairs, StridedWords rows, Columns columns,
+                             Sums result) {
+    if (num_rows == M) {
+        dot_tile<M, P>(pairs, rows, columns, result);
+    } else if constexpr (M > 1) {
+        dot_strip<P, M - 1>(num_rows, pairs, rows, columns, result);
+    }
+}
+
+// Any number of rows, as they lie, by P panels.
+template <int P, class Columns>
+TANDEM_INLINE void dot_rows(std::int64_t num_rows, std::int64_t pairs, StridedWords rows, Columns columns,
+                            Sums result) {
+    const std::int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
+    for (std::int64_t strip = 0; strip < strips; ++strip) {
+        const std::int64_t first = strip_start(num_rows, strips, strip);
+        const std::int64_t count = strip_start(num_rows, strips, strip + 1) - first;
+        Sums part = result;
+        part.to += first * result.row_stride;
+        dot_strip<P>(count, pairs, StridedWords{rows.from + first * rows.stride, rows.stride}, columns, part);
     }
 }
 
@@ -89,7 +132,8 @@ TANDEM_INLINE std::int64_t dot_panels(const LinearTask& task, const LinearPart& 
             const char* rows =
                 static_cast<const char*>(task.strips_packed) + (start * padded + depth_start * count) * 2;
             float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
-            dot_strip<P>(count, depth, rows, columns, panel_elements, {to, kPanelColumns, panel_stride, how});
+            dot_packed<P>(count, depth / 2, rows, WordColumns{columns, kPanelColumns, panel_elements / 2},
+                          {to, kPanelColumns, panel_stride, how});
         }
     }
     return panel;

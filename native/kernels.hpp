@@ -13,6 +13,8 @@ constexpr std::int64_t kDepthBlock = 256;   // inputs of a linear that are added
 constexpr std::int64_t kKeyBlock = 256;     // keys of one softmax, aligned to absolute positions
 constexpr std::int64_t kTaskPanelsMax = 4;
 constexpr std::int64_t kLaneAlign = 16;
+constexpr std::int64_t kHeadAlign = 32;   // values of a head are held in whole registers of 32 bf16
+constexpr std::int64_t kValueChunk = 64;  // keys whose values, made ready for many rows, stay in the first cache
 
 enum class Element : std::int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
@@ -128,19 +130,21 @@ struct AttendTask {
     const std::int64_t* page_table;
     std::int64_t page_table_stride;
     const AttendItem* items;
-    float* partials;  // per key block and query row: [greatest, sum, head_dim padded to 16 lanes]
+    float* partials;  // of each key block, see `partial_floats`
 };
 
-// Adds up partial results of one tile, block after block.
+// Adds up partial results of one tile, block after block, for kHeadAlign dimensions of its heads.
 struct MergeItem {
     std::int64_t first_token, num_tokens, kv_head;
     std::int64_t first_partial, num_blocks;
+    std::int64_t first_dim;
 };
 
 struct MergeTask {
     Heads heads;
+    Element element;  // of the pool
     const MergeItem* items;
-    const float* partials;
+    float* partials;
     float* outputs;
 };
 
@@ -168,7 +172,10 @@ extern const Kernels kKernelsAvx512Bf16;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t padded_to_lanes(std::int64_t count) { return ceil_div(count, kLaneAlign) * kLaneAlign; }
-// Floats of one partial result: greatest score, sum, and the weighted values behind a lane-sized head.
-inline std::int64_t partial_floats(std::int64_t head_dim) { return kLaneAlign + padded_to_lanes(head_dim); }
+inline std::int64_t padded_head(std::int64_t head_dim) { return ceil_div(head_dim, kHeadAlign) * kHeadAlign; }
+// Floats of one block's result: greatest scores and sums of the rows in whole lanes, then the rows' weighted values.
+inline std::int64_t partial_floats(std::int64_t rows, std::int64_t head_dim) {
+    return 2 * padded_to_lanes(rows) + rows * padded_head(head_dim);
+}
 
 }  // namespace tandem

@@ -6,12 +6,12 @@
 namespace tandem {
 namespace {
 
-constexpr std::int64_t kTilesPerThread = 4;  // fewer than that, and key blocks become tasks of their own
+constexpr std::int64_t kTilesPerThread = 8;  // fewer than that, and runs of key blocks become tasks of their own
 
 std::int64_t attend_scratch(std::int64_t rows, std::int64_t head_dim) {
-    const std::int64_t padded = padded_to_lanes(head_dim);
-    return 3 * rows * padded + rows * (kKeyBlock + kLaneAlign) + (kLaneAlign + 64) * padded +
-           4 * padded_to_lanes(rows);
+    const std::int64_t padded = padded_head(head_dim);
+    return 2 * rows * padded + rows * (kKeyBlock + kLaneAlign) + (2 * kLaneAlign + kValueChunk) * padded +
+           2 * padded_to_lanes(rows) + partial_floats(rows, head_dim);
 }
 
 }  // namespace
@@ -77,7 +77,7 @@ void Plan::add_rope_and_store(Program& program, std::int64_t layer, Matrix qkv, 
                        }});
 }
 
-void Plan::cut_row(Tiles& tiles, std::int64_t row, std::int64_t window, bool by_block) const {
+void Plan::cut_row(Tiles& tiles, std::int64_t row, std::int64_t window, std::int64_t blocks_max) const {
     const auto r = static_cast<std::size_t>(row);
     const std::int64_t group = heads_.num_heads / heads_.num_kv_heads;
     const std::int64_t tokens_max = std::max<std::int64_t>(1, runtime_.kernels.rows_of_tile_max / group);
@@ -88,39 +88,53 @@ void Plan::cut_row(Tiles& tiles, std::int64_t row, std::int64_t window, bool by_
         const std::int64_t low = window == 0 ? 0 : std::max<std::int64_t>(0, position - window + 1);
         const std::int64_t first_block = low / kKeyBlock;
         const std::int64_t num_blocks = (position + count - 1) / kKeyBlock + 1 - first_block;
-        const bool partial = by_block && num_blocks > 1;
+        const std::int64_t block_floats = partial_floats(count * group, heads_.head_dim);
         tiles.rows_max = std::max(tiles.rows_max, count * group);
         for (std::int64_t kv_head = 0; kv_head < heads_.num_kv_heads; ++kv_head) {
             AttendItem item{row, offsets_[r] + first, count, position, kv_head, first_block, num_blocks, -1};
-            if (!partial) {
+            if (num_blocks <= blocks_max) {
                 tiles.items.push_back(item);
                 continue;
             }
-            tiles.merges.push_back({item.first_token, count, kv_head, tiles.partial_floats, num_blocks});
-            item.num_blocks = 1;
-            for (; item.first_block < first_block + num_blocks; ++item.first_block) {
+            for (std::int64_t dim = 0; dim < heads_.head_dim; dim += kHeadAlign) {
+                tiles.merges.push_back({item.first_token, count, kv_head, tiles.partial_floats, num_blocks, dim});
+            }
+            for (std::int64_t done = 0; done < num_blocks; done += item.num_blocks) {
+                item.first_block = first_block + done;
+                item.num_blocks = std::min(blocks_max, num_blocks - done);
                 item.partial = tiles.partial_floats;
                 tiles.items.push_back(item);
-                tiles.partial_floats += count * group * partial_floats(heads_.head_dim);
+                tiles.partial_floats += item.num_blocks * block_floats;
             }
         }
     }
+}
+
+std::int64_t Plan::blocks_of_task(std::int64_t window) const {
+    constexpr std::int64_t everything = std::int64_t{1} << 60;
+    const std::int64_t group = heads_.num_heads / heads_.num_kv_heads;
+    const std::int64_t tokens_max = std::max<std::int64_t>(1, runtime_.kernels.rows_of_tile_max / group);
+    const int threads = runtime_.pool.threads();
+    std::int64_t num_tiles = 0, num_blocks = 0;
+    for (std::size_t row = 0; row < starts_.size(); ++row) {
+        const std::int64_t tokens = offsets_[row + 1] - offsets_[row];
+        const std::int64_t tiles = ceil_div(tokens, tokens_max);
+        const std::int64_t keys = window == 0 ? starts_[row] + tokens : std::min(starts_[row] + tokens, window + tokens_max);
+        num_tiles += tiles * heads_.num_kv_heads;
+        num_blocks += tiles * ceil_div(keys, kKeyBlock) * heads_.num_kv_heads;
+    }
+    if (threads == 1) return everything;
+    if (num_tiles >= kTilesPerThread * threads) return everything;
+    return std::max<std::int64_t>(1, num_blocks / (kTilesPerThread * threads));
 }
 
 const Plan::Tiles& Plan::tiles(std::int64_t window) {
     const auto found = tiles_.find(window);
     if (found != tiles_.end()) return found->second;
     Tiles& tiles = tiles_[window];
-    const std::int64_t group = heads_.num_heads / heads_.num_kv_heads;
-    const std::int64_t tokens_max = std::max<std::int64_t>(1, runtime_.kernels.rows_of_tile_max / group);
-    std::int64_t num_tiles = 0;
+    const std::int64_t blocks_max = blocks_of_task(window);
     for (std::size_t row = 0; row < starts_.size(); ++row) {
-        num_tiles += ceil_div(offsets_[row + 1] - offsets_[row], tokens_max) * heads_.num_kv_heads;
-    }
-    const int threads = runtime_.pool.threads();
-    const bool by_block = threads > 1 && num_tiles < kTilesPerThread * threads;
-    for (std::size_t row = 0; row < starts_.size(); ++row) {
-        cut_row(tiles, static_cast<std::int64_t>(row), window, by_block);
+        cut_row(tiles, static_cast<std::int64_t>(row), window, blocks_max);
     }
     // The longest first: a thread that ends late ends little later than the others.
     std::stable_sort(tiles.items.begin(), tiles.items.end(), [](const AttendItem& a, const AttendItem& b) {
@@ -152,7 +166,7 @@ void Plan::add_attend(Program& program, std::int64_t layer, std::int64_t window,
                            runtime_.kernels.attend(own, number, runtime_.scratch(thread));
                        }});
     if (cut.merges.empty()) return;
-    const MergeTask merge{heads_, cut.merges.data(), nullptr, outputs};
+    const MergeTask merge{heads_, pool_.element, cut.merges.data(), nullptr, outputs};
     program.push_back({static_cast<std::int64_t>(cut.merges.size()), [merge, this](std::int64_t number, int thread) {
                            MergeTask own = merge;
                            own.partials = runtime_.partials.floats();

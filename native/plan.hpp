@@ -46,7 +46,9 @@ private:
 
     void compute_angles(const float* frequencies, float attention_factor, const std::int64_t* positions);
     const Tiles& tiles(std::int64_t window);
-    void cut_row(Tiles& tiles, std::int64_t row, std::int64_t window, bool by_block) const;
+    // Most key blocks of one task: so that there are enough tasks for all threads.
+    std::int64_t blocks_of_task(std::int64_t window) const;
+    void cut_row(Tiles& tiles, std::int64_t row, std::int64_t window, std::int64_t blocks_max) const;
 
     Runtime& runtime_;
     const Heads heads_;

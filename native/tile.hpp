@@ -83,8 +83,8 @@ TANDEM_INLINE void end_sums(const Lanes (&sums)[M][P], const Sums& result) {
     }
 }
 
-template <int M, int P, class Rows>
-void multiply_tile(std::int64_t depth, Rows rows, WideColumns columns, Sums result) {
+template <int M, int P, class Rows, class Columns>
+void multiply_tile(std::int64_t depth, Rows rows, Columns columns, Sums result) {
     Lanes sums[M][P];
     begin_sums(sums, result);
     for (std::int64_t k = 0; k < depth; ++k) {
@@ -138,8 +138,8 @@ TANDEM_INLINE void multiply_packed(std::int64_t num_rows, std::int64_t depth, co
     }
 }
 
-template <int P, int M = kStripRows>
-TANDEM_INLINE void multiply_strip(std::int64_t num_rows, std::int64_t depth, StridedRows rows, WideColumns columns,
+template <int P, int M = kStripRows, class Columns>
+TANDEM_INLINE void multiply_strip(std::int64_t num_rows, std::int64_t depth, StridedRows rows, Columns columns,
                                   Sums result) {
     if (num_rows == M) {
         multiply_tile<M, P>(depth, rows, columns, result);
@@ -154,8 +154,8 @@ TANDEM_INLINE std::int64_t strip_start(std::int64_t rows, std::int64_t strips, s
 }
 
 // Any number of rows, as they lie, by P panels.
-template <int P>
-TANDEM_INLINE void multiply_rows(std::int64_t num_rows, std::int64_t depth, StridedRows rows, WideColumns columns,
+template <int P, class Columns>
+TANDEM_INLINE void multiply_rows(std::int64_t num_rows, std::int64_t depth, StridedRows rows, Columns columns,
                                  Sums result) {
     const std::int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
     for (std::int64_t strip = 0; strip < strips; ++strip) {

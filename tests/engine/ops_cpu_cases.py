@@ -24,6 +24,7 @@ from tandem.engine.ops.cpu import KERNELS, CpuOperators, supported_kernels
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = 2.0**-24  # relative error of one float32 rounding
 BF16_UNIT = 2.0**-8
+PAIRED_KERNELS = ("avx512bf16",)  # those that multiply pairs of bf16
 LIBRARY_VARIABLE = "OPERATORS_LIBRARY_UNDER_TEST"
 
 

@@ -29,13 +29,13 @@ from tandem.engine.ops.contract import (
 from tandem.engine.ops.cpu_attention import CpuAttention
 from tandem.engine.ops.cpu_layers import CpuLayers
 
-VERSION = 1  # of the arithmetic: raised with every change of an operation's order or rounding
 KERNELS = ("avx512bf16", "avx512", "avx2")  # best first
 SPIN_NANOSECONDS = 200_000  # a thread without work waits so long before it sleeps
 
 _ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-# Kernels of one arithmetic give the same bits: how wide a register is changes nothing.
-_ARITHMETIC = {"avx2": "fma", "avx512": "fma", "avx512bf16": "bf16dot"}
+# Kernels of one arithmetic give the same bits: how wide a register is changes nothing. The number is the arithmetic's
+# version, raised with every change of an operation's order or rounding.
+_ARITHMETIC = {"avx2": "fma-1", "avx512": "fma-1", "avx512bf16": "bf16dot-2"}
 
 
 def supported_kernels(library: ctypes.CDLL) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class CpuOperators:
 
     @property
     def numerics(self) -> str:
-        return f"cpu-{_ARITHMETIC[self._runtime.kernels]}-{VERSION}"
+        return f"cpu-{_ARITHMETIC[self._runtime.kernels]}"
 
     @property
     def workspace_bytes(self) -> int:

@@ -1,0 +1,114 @@
+// Where a block's keys and values lie in the paged pool, and asking for them before they are needed.
+#pragma once
+
+#include "row_kernels.hpp"
+
+namespace {
+
+using namespace tandem;
+
+// Keys [low, end) of one block that some row of the tile sees; panels of 16 from the block's start.
+struct VisibleKeys {
+    std::int64_t block_start, low, end, first_panel, last_panel;
+};
+
+// Where the keys and values of a block lie, by position in the block; zeros stand for those that nobody sees.
+struct BlockPlaces {
+    const char* keys[kKeyBlock];
+    const char* values[kKeyBlock];
+};
+
+alignas(64) const char kZeros[4096] = {};  // a key of the greatest head_dim in float32
+
+TANDEM_INLINE std::int64_t slot_bytes_of(const Pool& pool) {
+    return pool.head_dim * (pool.element == Element::kFloat32 ? 4 : 2);
+}
+
+TANDEM_INLINE VisibleKeys visible_keys(const AttendTask& task, const AttendItem& item, std::int64_t block) {
+    VisibleKeys keys;
+    keys.block_start = block * kKeyBlock;
+    keys.end = least_of(keys.block_start + kKeyBlock, item.position + item.num_tokens);
+    keys.low = task.window == 0 ? keys.block_start : most_of(keys.block_start, item.position - task.window + 1);
+    keys.first_panel = (keys.low - keys.block_start) / kLanes;
+    keys.last_panel = (keys.end - keys.block_start + kLanes - 1) / kLanes;
+    return keys;
+}
+
+TANDEM_INLINE void find_places(const AttendTask& task, const AttendItem& item, const VisibleKeys& keys,
+                               BlockPlaces& places) {
+    const Pool& pool = task.pool;
+    const std::int64_t* pages = task.page_table + item.row * task.page_table_stride;
+    const std::int64_t slot_bytes = slot_bytes_of(pool);
+    const std::int64_t head_bytes = pool.page_tokens * slot_bytes, side_bytes = pool.kv_heads * head_bytes;
+    const std::int64_t page_bytes = pool.layers * 2 * side_bytes;
+    const char* own = static_cast<const char*>(pool.data) + task.layer * 2 * side_bytes + item.kv_head * head_bytes;
+    std::int64_t page = keys.low / pool.page_tokens;
+    std::int64_t slot = keys.low - page * pool.page_tokens;
+    const char* start = own + pages[page] * page_bytes;
+    const std::int64_t first = keys.low - keys.block_start, last = keys.end - keys.block_start;
+    for (std::int64_t j = 0; j < first; ++j) places.keys[j] = places.values[j] = kZeros;
+    for (std::int64_t j = first; j < last;) {
+        if (slot == pool.page_tokens) {
+            start = own + pages[++page] * page_bytes;
+            slot = 0;
+        }
+        const char* from = start + slot * slot_bytes;
+        const std::int64_t count = least_of(last - j, pool.page_tokens - slot);
+        for (std::int64_t i = 0; i < count; ++i, ++j, from += slot_bytes) {
+            places.keys[j] = from;
+            places.values[j] = from + side_bytes;
+        }
+        slot += count;
+    }
+    for (std::int64_t j = last; j < kKeyBlock; ++j) places.keys[j] = places.values[j] = kZeros;
+}
+
+// Ask for memory that is needed soon: pages are too short for the processor to see the pattern itself.
+TANDEM_INLINE void prefetch(const char* const* from, std::int64_t count, std::int64_t slot_bytes) {
+    for (std::int64_t j = 0; j < count; ++j) {
+        for (std::int64_t byte = 0; byte < slot_bytes; byte += 64) _mm_prefetch(from[j] + byte, _MM_HINT_T1);
+    }
+}
+
+constexpr std::int64_t kPanelsAtOnce = 3;  // of an item's first keys, asked for before anything is computed
+
+// Goes over the blocks of an item: where this block's keys and values lie, and the keys of the next.
+class BlockWalk {
+public:
+    VisibleKeys keys;
+    const BlockPlaces* places;
+    const std::int64_t slot_bytes;
+
+    BlockWalk(const AttendTask& task, const AttendItem& item) : slot_bytes(slot_bytes_of(task.pool)) {
+        next_keys_ = visible_keys(task, item, item.first_block);
+        find_places(task, item, next_keys_, two_[item.first_block % 2]);
+        const std::int64_t panels = least_of(kPanelsAtOnce, next_keys_.last_panel - next_keys_.first_panel);
+        prefetch(two_[item.first_block % 2].keys + next_keys_.first_panel * kLanes, panels * kLanes, slot_bytes);
+    }
+
+    TANDEM_INLINE void begin(const AttendTask& task, const AttendItem& item, std::int64_t block,
+                             std::int64_t last_block) {
+        keys = next_keys_;
+        places = &two_[block % 2];
+        ahead_ = places->values;
+        if (block + 1 == last_block) return;
+        next_keys_ = visible_keys(task, item, block + 1);
+        find_places(task, item, next_keys_, two_[(block + 1) % 2]);
+        ahead_ = two_[(block + 1) % 2].keys;
+    }
+
+    // The next block's keys: to be asked for while values are weighed. In the last block what is there already.
+    TANDEM_INLINE const char* const* ahead() const { return ahead_; }
+
+    // Values of a panel are asked for while its keys are multiplied.
+    TANDEM_INLINE void prefetch_values(std::int64_t panel) const {
+        prefetch(places->values + panel * kLanes, kLanes, slot_bytes);
+    }
+
+private:
+    BlockPlaces two_[2];
+    VisibleKeys next_keys_;
+    const char* const* ahead_;
+};
+
+}  // namespace
