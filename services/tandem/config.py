@@ -52,6 +52,12 @@ class ParallelConfig:
     pipeline_size: int = setting(1, "stages that share the layers; more than 1: pipelined loops", low=1, high=64)
     data_size: int = setting(1, "copies of the model in a worker, which share its threads and memory", low=1, high=64)
     expert_size: int = setting(1, "ranks that share the experts of a layer", low=1, high=64)
+    devices: tuple[str, ...] = setting((), "device of each rank, cpu or cuda:N, comma separated; empty: model.device")
+    backend: Literal["auto", "gloo", "nccl"] = setting(
+        "auto", "what moves tensors between ranks; auto: NCCL where each has a GPU of its own, else gloo"
+    )
+    start_seconds: float = setting(600.0, "how long ranks wait for each other while they start", low=1.0)
+    collective_seconds: float = setting(30.0, "a rank that is stuck for this long ends the worker", low=0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

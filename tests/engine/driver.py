@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tandem.core.messages.plans import Plan, PlanResolved, Row, RowResult, Sample
-from tandem.core.messages.sampling import SamplingParams
+from tandem.core.messages.sampling import SamplingParams, TokenLogprob
 from tandem.engine.device import Device
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -35,6 +35,7 @@ class Running:
     params: SamplingParams = GREEDY
     computed: int = 0
     output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -100,8 +101,11 @@ class PlanDriver:
             zero_tail=zero_tail,
         )
 
-    def generate(self, requests: Sequence[Running], num_new: int, *, chunk_max: int) -> None:
-        """Bring every request to `num_new` outputs, in plans of randomly chosen rows and chunks."""
+    def generate(self, requests: Sequence[Running], num_new: int, *, chunk_max: int, unseen_share: float = 0.5) -> None:
+        """Bring every request to `num_new` outputs, in plans of randomly chosen rows and chunks.
+
+        `unseen_share` of the decode rows leave it to the device to know its last token.
+        """
         while unfinished := [request for request in requests if len(request.output) < num_new]:
             chosen = [request for request in unfinished if self.random.random() < 0.8] or unfinished
             self.random.shuffle(chosen)
@@ -110,9 +114,11 @@ class PlanDriver:
                 missing = len(request.known) - request.computed
                 num_tokens = min(missing, self.random.randint(1, chunk_max))
                 decoding = bool(request.output) and missing == 1
-                rows.append(self.row(request, num_tokens, unseen=decoding and self.random.random() < 0.5))
+                rows.append(self.row(request, num_tokens, unseen=decoding and self.random.random() < unseen_share))
             for request, row, result in zip(chosen, rows, self.execute(rows), strict=True):
                 request.computed += row.num_tokens
                 assert (result.token_id is None) == (row.sample is None)
                 if result.token_id is not None:
                     request.output.append(result.token_id)
+                    if result.logprob is not None:
+                        request.logprobs.append(result.logprob)

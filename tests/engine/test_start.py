@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tandem.config import CacheConfig, Config, ModelConfig, ParallelConfig
+from tandem.engine import rank_device
 from tandem.engine import start as start_module
 from tandem.engine.pool import host_pool, sized_layout
 from tandem.engine.start import start_engine
@@ -126,7 +127,7 @@ def test_cuda_without_a_device() -> None:
 
 def test_threads_follow_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(QWEN2, tmp_path)
-    monkeypatch.setattr(start_module, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(rank_device, "usable_cpus", lambda: 1)
     counts: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     engine = start_engine(

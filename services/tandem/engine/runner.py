@@ -10,6 +10,7 @@ import torch
 from tandem.core.messages.plans import Plan, Row, RowResult, Sample
 from tandem.core.messages.sampling import SamplingParams, TokenLogprob
 from tandem.engine.batch import PlanTokens, build_batch
+from tandem.engine.collectives import RankLinks
 from tandem.engine.logprobs import token_logprobs
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.sampler import sample_tokens
@@ -29,10 +30,17 @@ class Launched:
 
 
 class PlanRunner:
-    """The model, its pool, and the last token of each slot. Used by one thread, in inference mode."""
+    """The model, its pool, and the last token of each slot. Used by one thread, in inference mode.
 
-    def __init__(self, decoder: Decoder, pool: torch.Tensor, max_running_requests: int) -> None:
+    `links` tie it to the ranks that have the rest of the model, which run the same plans in the same order. Tokens are
+    drawn, and log-probabilities made, by the first tensor rank of the last stage alone.
+    """
+
+    def __init__(
+        self, decoder: Decoder, pool: torch.Tensor, max_running_requests: int, links: RankLinks | None = None
+    ) -> None:
         self._decoder = decoder
+        self._links = links or RankLinks()
         self._pool = pool
         self._page_tokens = pool.shape[4]
         self._last_tokens = torch.zeros(max_running_requests, dtype=torch.int64, device=pool.device)
@@ -40,10 +48,15 @@ class PlanRunner:
     def launch(self, plan: Plan) -> Launched:
         """Issue a plan's work: KV into the pool, sampled tokens into the slots. On a CPU it is done on return."""
         tokens = build_batch(plan, self._page_tokens)
-        residual = self._decoder.forward(self._input_ids(tokens), tokens.batch, self._pool)
+        residual = self._inputs(tokens)
+        self._decoder.run_layers(residual, tokens.batch, self._pool)
         for row in plan.rows:
             if row.zero_tail:
                 self._zero_tail(row)
+        if not self._links.place.is_last_stage:
+            assert self._links.stages is not None
+            self._links.stages.send(residual)
+            return Launched(plan, (), torch.empty(0, dtype=torch.int64), {}, {})
         prompt_logprobs = {
             number: self._prompt_logprobs(row, residual[tokens.batch.offsets[number] :][: row.num_tokens])
             for number, row in enumerate(plan.rows)
@@ -54,9 +67,13 @@ class PlanRunner:
             return Launched(plan, (), torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
         numbers, samples = zip(*sampled, strict=True)
         last = self._to_device([int(tokens.batch.offsets[number + 1]) - 1 for number in numbers])
-        logits = self._decoder.logits(residual[last])
-        drawn = sample_tokens(logits, samples)
+        logits = self._logits(residual[last])
+        drawn = torch.empty_like(last) if logits is None else sample_tokens(logits, samples)
+        if self._links.tensor is not None:
+            self._links.tensor.share_tokens(drawn)
         self._last_tokens[self._to_device([plan.rows[number].slot for number in numbers])] = drawn
+        if logits is None:
+            return Launched(plan, (), torch.empty(0, dtype=torch.int64), {}, {})
         return Launched(plan, numbers, drawn, _logprobs(numbers, samples, logits, drawn), prompt_logprobs)
 
     def finish(self, launched: Launched) -> tuple[RowResult, ...]:
@@ -76,6 +93,25 @@ class PlanRunner:
         row = Row(request_id=0, slot=0, start=0, num_tokens=1, token_ids=(0,), pages=(0,), sample=sample)
         self.run(Plan(0, (row,)))
         self._pool[0].zero_()
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long this rank has waited for stages before its own, in all."""
+        return self._links.stages.waited_seconds if self._links.stages is not None else 0.0
+
+    def _inputs(self, tokens: PlanTokens) -> torch.Tensor:
+        """The residual stream before this rank's first layer, [N, hidden] float32."""
+        if self._links.place.is_first_stage:
+            return self._decoder.embed(self._input_ids(tokens))
+        assert self._links.stages is not None
+        residual = torch.empty(tokens.batch.num_tokens, self._decoder.hidden_size, device=self._pool.device)
+        self._links.stages.receive(residual)
+        return residual
+
+    def _logits(self, residual: torch.Tensor) -> torch.Tensor | None:
+        """[n, hidden] -> [n, vocabulary]; None on ranks that only have a part of it."""
+        part = self._decoder.logits(residual)
+        return part if self._links.tensor is None else self._links.tensor.gather_logits(part)
 
     def _input_ids(self, tokens: PlanTokens) -> torch.Tensor:
         ids = torch.from_numpy(tokens.token_ids).to(self._pool.device)
@@ -97,8 +133,9 @@ class PlanRunner:
         described: list[TokenLogprob] = []
         for start in range(0, len(following), at_once):
             part = slice(start, min(start + at_once, len(following)))
-            logits = self._decoder.logits(residual[part])
-            described += token_logprobs(logits, targets[part], [row.prompt_logprobs or 0] * len(logits))
+            logits = self._logits(residual[part])
+            if logits is not None:
+                described += token_logprobs(logits, targets[part], [row.prompt_logprobs or 0] * len(logits))
         return tuple(described)
 
     def _to_device(self, values: object) -> torch.Tensor:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from fractions import Fraction
 
 import torch
 
 from tandem.config import Config, ModelConfig
+from tandem.engine.collectives import Meeting, RankLinks, connect
 from tandem.engine.cpu import CpuDevice
 from tandem.engine.cuda import CudaDevice
 from tandem.engine.device import Device
-from tandem.engine.host import available_memory_bytes, usable_cpus
+from tandem.engine.host import available_memory_bytes
 from tandem.engine.location import Checkpoint, locate_checkpoint
 from tandem.engine.models.decoder import Decoder
+from tandem.engine.models.part import ModelPart
 from tandem.engine.models.spec import DecoderSpec, read_spec
-from tandem.engine.models.tensors import expected_bytes
 from tandem.engine.ops.choice import choose_operators
 from tandem.engine.ops.contract import Operators
+from tandem.engine.place import RankPlace
 from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout
+from tandem.engine.rank_device import rank_device, rank_threads, ranks_here
 from tandem.engine.runner import PlanRunner
 from tandem.engine.weights import CheckpointFiles, Weights
 from tandem.errors import ConfigError
@@ -58,60 +62,71 @@ class _Loaded:
     digest: str
 
 
-def start_engine(config: Config, progress: Callable[[str], None]) -> Engine:
+def start_engine(
+    config: Config, progress: Callable[[str], None], place: RankPlace | None = None, meeting: Meeting | None = None
+) -> Engine:
     """Load the configured model and size its pool; raises ConfigError that says what cannot be served, and why.
 
     `progress` gets a line of text for people now and then. Sets torch's number of threads for this process.
+    One of several ranks (`place`) needs to know where they meet; it waits for the others, before it loads and again
+    before the pool is sized. Raises CollectiveFailed if one of them is lost.
     """
-    kind = _device_kind(config.model)
-    num_threads = config.model.threads or usable_cpus()
+    place = place or RankPlace()
+    device = rank_device(config, place)
+    num_threads = rank_threads(config)
     checkpoint = locate_checkpoint(config.model, progress)
-    device = torch.device("cuda" if kind == "cuda" else "cpu")
     with torch.inference_mode():
         spec = _spec(config.model, checkpoint)
+        part = ModelPart(spec, place)
+        links = RankLinks()
+        if meeting is not None:
+            progress("meeting the other ranks")
+            links = connect(place, meeting, spec.vocab_size, on_gpu=device.type == "cuda")
         with CheckpointFiles(checkpoint.folder, spec) as files:
-            loaded = _load(config, checkpoint, spec, files, device, progress)
+            loaded = _load(config, checkpoint, part, files, device, progress)
             operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)
             progress(f"operators: {operators.name}, numerics {operators.numerics or 'not claimed'}")
             # The C++ operators have threads of their own; torch has little left to do, its pool would be in the way.
             torch.set_num_threads(1 if operators.packs_weights else num_threads)
-            decoder = _build_decoder(loaded, operators, progress)
-        layout = _sized_layout(config, loaded, operators, decoder, device)
+            decoder = _build_decoder(loaded, part, operators, links, progress)
+        numerics = _numerics(operators, loaded.dtype, place)
+        one_page = _one_page(config, loaded, part)
+        fingerprint = one_page.fingerprint(loaded.digest, spec.num_layers, spec.num_kv_heads)
+        _require_equal(links, fingerprint=fingerprint, numerics=numerics, operators=operators.name)
+        layout = _agree(links, _sized_layout(config, loaded, one_page, operators, decoder, device))
         progress(f"KV pool: {layout.num_pages} pages of {layout.page_tokens} tokens, {layout.pool_bytes / 1e9:.2f} GB")
         memory = PoolMemory.create(layout.pool_bytes)
-        ready = _build_device(config, decoder, memory, layout, device, num_threads)
+        ready = _build_device(config, decoder, memory, layout, device, num_threads, links)
     return Engine(
         device=ready,
         memory=memory,
         layout=layout,
         spec=loaded.spec,
-        fingerprint=layout.fingerprint(loaded.digest, loaded.spec.num_layers, loaded.spec.num_kv_heads),
-        numerics=_numerics(operators, loaded.dtype),
+        fingerprint=fingerprint,
+        numerics=numerics,
         operators=operators.name,
         weight_bytes=loaded.weights.num_bytes,
     )
 
 
 def _build_device(
-    config: Config, decoder: Decoder, memory: PoolMemory, layout: KvLayout, device: torch.device, num_threads: int
+    config: Config,
+    decoder: Decoder,
+    memory: PoolMemory,
+    layout: KvLayout,
+    device: torch.device,
+    num_threads: int,
+    links: RankLinks,
 ) -> Device:
     shared = host_pool(memory, layout)
     if device.type == "cpu":
-        runner = PlanRunner(decoder, shared, config.scheduler.max_running_requests)
+        runner = PlanRunner(decoder, shared, config.scheduler.max_running_requests, links)
         runner.warm_up()
         return CpuDevice(runner, num_threads)
     pool = torch.zeros(shared.shape, dtype=shared.dtype, device=device)
-    runner = PlanRunner(decoder, pool, config.scheduler.max_running_requests)
+    runner = PlanRunner(decoder, pool, config.scheduler.max_running_requests, links)
     runner.warm_up()
     return CudaDevice(runner, pool, shared)
-
-
-def _device_kind(config: ModelConfig) -> Literal["cpu", "cuda"]:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device: cuda asked for, but torch finds no CUDA device")
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
 
 
 def _spec(config: ModelConfig, checkpoint: Checkpoint) -> DecoderSpec:
@@ -127,53 +142,89 @@ def _spec(config: ModelConfig, checkpoint: Checkpoint) -> DecoderSpec:
 def _load(
     config: Config,
     checkpoint: Checkpoint,
-    spec: DecoderSpec,
+    part: ModelPart,
     files: CheckpointFiles,
     device: torch.device,
     progress: Callable[[str], None],
 ) -> _Loaded:
+    spec = part.spec
     digest = _spec_digest(spec)
     if config.model.max_context_tokens:
         spec = replace(spec, max_context_tokens=config.model.max_context_tokens)
     dtype = _dtype(config.model, spec.dtype or files.dtype)
     progress(f"loading {spec.architecture} from {checkpoint.folder} as {dtype}")
-    _check_memory(expected_bytes(spec, TORCH_DTYPES[dtype].itemsize), config.parallel.data_size, device)
-    weights = files.load(TORCH_DTYPES[dtype], device, progress)
+    _check_memory(part.num_bytes(TORCH_DTYPES[dtype].itemsize), config.parallel.data_size, device)
+    weights = files.load(TORCH_DTYPES[dtype], device, progress, part)
     whole = hashlib.sha256(f"{digest}/{weights.digest}/{checkpoint.revision}".encode()).hexdigest()[:32]
     return _Loaded(spec, weights, dtype, whole)
 
 
-def _build_decoder(loaded: _Loaded, operators: Operators, progress: Callable[[str], None]) -> Decoder:
+def _build_decoder(
+    loaded: _Loaded, part: ModelPart, operators: Operators, links: RankLinks, progress: Callable[[str], None]
+) -> Decoder:
     """Bring the weights to where they are computed with."""
     began = time.monotonic()
-    decoder = Decoder(loaded.spec, loaded.weights.tensors, operators)
+    decoder = Decoder(loaded.spec, loaded.weights.tensors, operators, part, links.tensor)
     verb = "packed" if operators.packs_weights else "loaded"
     progress(f"{verb} {loaded.weights.num_bytes / 1e9:.2f} GB of weights in {time.monotonic() - began:.1f} s")
     return decoder
 
 
+def _one_page(config: Config, loaded: _Loaded, part: ModelPart) -> KvLayout:
+    return KvLayout(
+        num_pages=1,
+        num_layers=part.kv.num_layers,
+        num_kv_heads=part.kv.num_heads,
+        page_tokens=config.cache.page_tokens,
+        head_dim=loaded.spec.head_dim,
+        dtype=loaded.dtype,
+    )
+
+
 def _sized_layout(
-    config: Config, loaded: _Loaded, operators: Operators, decoder: Decoder, device: torch.device
+    config: Config,
+    loaded: _Loaded,
+    one_page: KvLayout,
+    operators: Operators,
+    decoder: Decoder,
+    device: torch.device,
 ) -> KvLayout:
     """The pool takes its share of what weights and workspace leave; both are there by now, though not all touched."""
     spec = loaded.spec
-    one_page = KvLayout(
-        num_pages=1,
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        page_tokens=config.cache.page_tokens,
-        head_dim=spec.head_dim,
-        dtype=loaded.dtype,
-    )
     budget_tokens = config.scheduler.budget_tokens
     shaped_pool = torch.empty((1, *one_page.page_shape), dtype=TORCH_DTYPES[loaded.dtype], device=device)
     decoder.reserve(budget_tokens, shaped_pool)
     sampled = min(budget_tokens, config.scheduler.max_running_requests)
     taken = operators.workspace_bytes + _SAMPLING_COPIES * sampled * spec.vocab_size * 4
+    taken += config.parallel.tensor_size * budget_tokens * spec.hidden_size * 4  # the ranks' parts of a sum
     if not operators.packs_weights:
         taken += loaded.weights.num_mapped_bytes  # not resident yet, but they will be
     taken += (config.parallel.data_size - 1) * loaded.weights.num_bytes  # of replicas that start after this one
-    return sized_layout(one_page, config.cache, max(0, _free_bytes(device) - taken))
+    free_bytes = _free_bytes(device)
+    if device.type == "cpu":
+        free_bytes //= ranks_here(config.parallel)  # all of them measure now
+    whole = replace(one_page, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads)
+    return sized_layout(
+        one_page, config.cache, max(0, free_bytes - taken), Fraction(one_page.page_bytes, whole.page_bytes)
+    )
+
+
+def _require_equal(links: RankLinks, **facts: str) -> None:
+    """Raise ConfigError if a rank differs in one of these. Waits until all ranks have loaded."""
+    if links.start is None:
+        return
+    theirs = [json.loads(text) for text in links.start.exchange(json.dumps(facts))]
+    for rank, other in enumerate(theirs):
+        for name, value in theirs[0].items():
+            if other[name] != value:
+                raise ConfigError(f"parallel: rank {rank} has {name} {other[name]!r}, rank 0 has {value!r}")
+
+
+def _agree(links: RankLinks, layout: KvLayout) -> KvLayout:
+    """The layout with as many pages as every rank has room for."""
+    if links.start is None:
+        return layout
+    return replace(layout, num_pages=min(int(text) for text in links.start.exchange(str(layout.num_pages))))
 
 
 def _check_memory(num_bytes: int, num_replicas: int, device: torch.device) -> None:
@@ -198,9 +249,10 @@ def _dtype(config: ModelConfig, checkpoint_dtype: str) -> str:
     return "float32" if checkpoint_dtype == "float32" else "bfloat16"
 
 
-def _numerics(operators: Operators, dtype: str) -> str:
+def _numerics(operators: Operators, dtype: str, place: RankPlace) -> str:
     """What must be equal for two workers' bits to be equal; empty where nothing is claimed."""
-    return f"{operators.numerics}-{dtype}-tensor1-expert1" if operators.numerics else ""
+    tensor_size = place.sharding.tensor_size
+    return f"{operators.numerics}-{dtype}-tensor{tensor_size}-expert1" if operators.numerics else ""
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from tandem.engine.mapped import MappedFiles
 from tandem.engine.models.fields import read_json
+from tandem.engine.models.part import ModelPart
 from tandem.engine.models.spec import DecoderSpec
 from tandem.engine.models.tensors import (
     EMBEDDING,
@@ -29,6 +30,7 @@ from tandem.engine.models.tensors import (
     is_ignored,
     is_kept_wide,
 )
+from tandem.engine.place import RankPlace
 from tandem.errors import ConfigError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,8 +45,8 @@ class Weights:
     """The parameters by their published names: matrices and biases in the wanted type, norms and routers in float32.
 
     They are read and converted when they are asked for, which is possible as long as the files are open; what was got
-    stays valid after. `digest` identifies the weights as they are in the files; `num_bytes` is their size in memory,
-    of which `num_mapped_bytes` are mapped from the files.
+    stays valid after. `digest` identifies all weights as they are in the files, of whatever part; `num_bytes` is the
+    part's size in memory, of which `num_mapped_bytes` are mapped from the files.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -85,8 +87,18 @@ class CheckpointFiles:
         """The floating-point type of the embedding in the file."""
         return _FLOATS[self._files[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
 
-    def load(self, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]) -> Weights:
-        """Describe all parameters on `device`, as `dtype` or float32; they are read when they are asked for."""
+    def load(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[str], None],
+        part: ModelPart | None = None,
+    ) -> Weights:
+        """Describe a part's parameters (by default all), on `device`, as `dtype` or float32.
+
+        They are read when they are asked for; of what belongs to other parts only samples for the digest are read.
+        """
+        part = part or ModelPart(self._spec, RankPlace())
         digest = hashlib.sha256()
         mapped = MappedFiles(self._paths)
         num_bytes, num_mapped_bytes = 0, 0
@@ -94,16 +106,19 @@ class CheckpointFiles:
         for name in sorted(expected_tensors(self._spec)):
             stored = self._read(name)
             _add_to_digest(digest, name, stored)
+            if not part.holds(name):
+                continue
             target = _target_dtype(name, dtype)
-            num_bytes += stored.numel() * target.itemsize
-            if device.type == "cpu" and stored.dtype == target:
-                num_mapped_bytes += stored.nbytes
+            own = part.cut(name, stored)
+            num_bytes += own.numel() * target.itemsize
+            if device.type == "cpu" and stored.dtype == target and own.is_contiguous():
+                num_mapped_bytes += own.nbytes
             elif stored.dtype != target and target == dtype:
                 converted.add(str(stored.dtype).removeprefix("torch."))
-        self._check_tied_head(mapped)
+        self._check_tied_head(mapped, part)
         if converted:
             progress(f"converts {', '.join(sorted(converted))} weights to {str(dtype).removeprefix('torch.')}")
-        tensors = _Tensors(self._read, tuple(expected_tensors(self._spec)), dtype, device, mapped)
+        tensors = _Tensors(self._read, part, dtype, device, mapped)
         return Weights(tensors, digest.hexdigest()[:32], num_bytes, num_mapped_bytes)
 
     def _open(self, path: Path) -> None:
@@ -151,12 +166,12 @@ class CheckpointFiles:
         if faults:
             raise ConfigError("\n".join(f"{self._folder}: {fault}" for fault in faults[: 4 * _SHOWN]))
 
-    def _check_tied_head(self, mapped: MappedFiles) -> None:
+    def _check_tied_head(self, mapped: MappedFiles, part: ModelPart) -> None:
         """A head that the config calls tied may be in the file, but only as the embedding's equal."""
-        if not self._spec.tied_embeddings or OUTPUT_HEAD not in self._files:
+        if not self._spec.tied_embeddings or OUTPUT_HEAD not in self._files or not part.has_head:
             return
-        head, embedding = self._read(OUTPUT_HEAD), self._read(EMBEDDING)
-        if not torch.equal(head, embedding):
+        head, embedding = (self._read(name) for name in (OUTPUT_HEAD, EMBEDDING))
+        if not torch.equal(part.cut(OUTPUT_HEAD, head), part.cut(EMBEDDING, embedding)):
             raise ConfigError(
                 f"{self._folder}: tie_word_embeddings is set, but {OUTPUT_HEAD} is there and differs from {EMBEDDING}"
             )
@@ -170,13 +185,14 @@ class _Tensors(Mapping[str, torch.Tensor]):
     def __init__(
         self,
         read: Callable[[str], torch.Tensor],
-        names: tuple[str, ...],
+        part: ModelPart,
         dtype: torch.dtype,
         device: torch.device,
         mapped: MappedFiles,
     ) -> None:
         self._read = read
-        self._names = frozenset(names)
+        self._part = part
+        self._names = frozenset(part.shapes())
         self._dtype = dtype
         self._device = device
         self._mapped = mapped
@@ -189,7 +205,8 @@ class _Tensors(Mapping[str, torch.Tensor]):
         self._recent.append(stored)
         if len(self._recent) > _RECENT_TENSORS:
             self._mapped.forget(self._recent.popleft())
-        return stored.to(device=self._device, dtype=_target_dtype(name, self._dtype))
+        own = self._part.cut(name, stored).contiguous()  # of cut columns a copy, else still mapped
+        return own.to(device=self._device, dtype=_target_dtype(name, self._dtype))
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
+from tandem.engine.models.part import ModelPart
 from tandem.engine.models.rope import inverse_frequencies
 from tandem.engine.models.spec import DecoderSpec
 from tandem.engine.models.tensors import (
@@ -17,8 +18,10 @@ from tandem.engine.models.tensors import (
     layer_prefix,
     router_name,
 )
+from tandem.engine.ops.composed import ComposedLayers
 from tandem.engine.ops.contract import (
     AttentionShape,
+    Embedding,
     Experts,
     ExpertWeights,
     GatedMlp,
@@ -26,31 +29,45 @@ from tandem.engine.ops.contract import (
     LayerParts,
     Linear,
     Operators,
+    Reduction,
     Routing,
     TokenBatch,
 )
+from tandem.engine.ops.sharded import VocabularyEmbedding
+from tandem.engine.place import RankPlace
 
 
 class Decoder:
-    """Forward passes over a paged KV pool. Call it in inference mode, from one thread at a time."""
+    """Forward passes over a paged KV pool. Call it in inference mode, from one thread at a time.
 
-    def __init__(self, spec: DecoderSpec, tensors: Mapping[str, torch.Tensor], operators: Operators) -> None:
+    One rank's `part` of the model, by default all of it; `reduction` is needed where tensor ranks share it.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        tensors: Mapping[str, torch.Tensor],
+        operators: Operators,
+        part: ModelPart | None = None,
+        reduction: Reduction | None = None,
+    ) -> None:
         self._spec = spec
         self._operators = operators
-        self._final_norm = tensors[FINAL_NORM]
-        if spec.tied_embeddings:
-            self._embedding, self._head = operators.tied_embedding(tensors[EMBEDDING])
+        self._part = part or ModelPart(spec, RankPlace())
+        self._reduction = reduction
+        self._embedding, self._head = self._vocabulary(tensors)
+        self._final_norm = tensors[FINAL_NORM] if self._part.has_head else None
+        parts = [self._layer_parts(layer, tensors) for layer in self._part.layers]
+        if reduction is None:
+            self._layers = operators.layers(parts, spec.norm_epsilon)
         else:
-            self._embedding = operators.embedding(tensors[EMBEDDING])
-            self._head = operators.linear((tensors[OUTPUT_HEAD],), (None,))
-        parts = [self._layer_parts(layer, tensors) for layer in range(spec.num_layers)]
-        self._layers = operators.layers(parts, spec.norm_epsilon)
+            self._layers = ComposedLayers(operators, parts, spec.norm_epsilon, reduction)
         self._shape = AttentionShape(
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
+            num_heads=self._part.num_heads,
+            num_kv_heads=self._part.kv.num_heads,
             head_dim=spec.head_dim,
-            windows=spec.windows,
-            frequencies=inverse_frequencies(spec.rope, spec.head_dim).to(self._final_norm.device),
+            windows=spec.windows[self._part.layers.start : self._part.layers.stop],
+            frequencies=inverse_frequencies(spec.rope, spec.head_dim).to(parts[0].input_norm.device),
             attention_factor=spec.rope.attention_factor,
         )
 
@@ -58,14 +75,27 @@ class Decoder:
     def vocab_size(self) -> int:
         return self._spec.vocab_size
 
+    @property
+    def hidden_size(self) -> int:
+        return self._spec.hidden_size
+
     def forward(self, token_ids: torch.Tensor, batch: TokenBatch, pool: torch.Tensor) -> torch.Tensor:
         """Compute a plan's tokens and store their KV in `pool`.
 
         token_ids [N] int64 -> residual stream after the last layer [N, hidden] float32, not yet normed.
         """
-        residual = self._embedding(token_ids)
-        self._layers(self._operators.begin(batch, pool, self._shape), residual)
+        residual = self.embed(token_ids)
+        self.run_layers(residual, batch, pool)
         return residual
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[N] int64 -> residual stream before the first layer [N, hidden] float32. First stage only."""
+        assert self._embedding is not None, "this stage has no embedding"
+        return self._embedding(token_ids)
+
+    def run_layers(self, residual: torch.Tensor, batch: TokenBatch, pool: torch.Tensor) -> None:
+        """Take `residual` [N, hidden] float32 through this part's layers, in place, and store their KV in `pool`."""
+        self._layers(self._operators.begin(batch, pool, self._shape), residual)
 
     def reserve(self, num_tokens: int, pool: torch.Tensor) -> None:
         """Take the workspace of a plan of so many tokens; of `pool` only the shape and type matter."""
@@ -81,9 +111,26 @@ class Decoder:
         self._layers.reserve(self._operators.begin(batch, pool, self._shape), self._spec.hidden_size)
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] rows of `forward`'s result -> [n, vocabulary] float32."""
+        """[n, hidden] rows of `forward`'s result -> [n, this part's vocabulary] float32. Last stage only."""
+        assert self._head is not None and self._final_norm is not None, "this stage has no head"
         normed = self._operators.rms_norm(residual, self._final_norm, self._spec.norm_epsilon)
         return self._operators.logits(self._head, normed)
+
+    def _vocabulary(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Embedding | None, Linear | None]:
+        """The table and the head, as far as this part has them; one in memory where both are here and tied."""
+        part, operators = self._part, self._operators
+        embedding: Embedding | None = None
+        head: Linear | None = None
+        if part.has_embedding and part.has_head and self._spec.tied_embeddings:
+            embedding, head = operators.tied_embedding(tensors[EMBEDDING])
+        elif part.has_embedding:
+            embedding = operators.embedding(tensors[EMBEDDING])
+        if part.has_head and head is None:
+            name = EMBEDDING if self._spec.tied_embeddings else OUTPUT_HEAD
+            head = operators.linear((tensors[name],), (None,))
+        if embedding is not None and self._reduction is not None:
+            embedding = VocabularyEmbedding(embedding, part.vocabulary, self._spec.vocab_size, self._reduction)
+        return embedding, head
 
     def _layer_parts(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> LayerParts:
         prefix = layer_prefix(layer)

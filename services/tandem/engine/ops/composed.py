@@ -6,16 +6,29 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from tandem.engine.ops.contract import AttentionStep, ExpertWeights, GatedMlp, LayerParts, Operators, Routing
+from tandem.engine.ops.contract import (
+    AttentionStep,
+    Experts,
+    ExpertWeights,
+    GatedMlp,
+    LayerParts,
+    Linear,
+    Operators,
+    Reduction,
+    Routing,
+)
 
 
 class ComposedLayers:
-    """See `contract.LayerStack`."""
+    """See `contract.LayerStack`. With a `reduction`, the layers' linears are one tensor rank's parts."""
 
-    def __init__(self, operators: Operators, parts: Sequence[LayerParts], epsilon: float) -> None:
+    def __init__(
+        self, operators: Operators, parts: Sequence[LayerParts], epsilon: float, reduction: Reduction | None = None
+    ) -> None:
         self._operators = operators
         self._parts = tuple(parts)
         self._epsilon = epsilon
+        self._reduction = reduction
 
     def reserve(self, step: AttentionStep, hidden: int) -> None:
         """Operators one by one take what they need when they run."""
@@ -25,8 +38,16 @@ class ComposedLayers:
         for number, layer in enumerate(self._parts):
             qkv = layer.qkv(rms_norm(residual, layer.input_norm, epsilon))
             queries = step.rope_and_store(number, qkv, layer.head_norms)
-            layer.output.add_to(residual, step.attend(number, queries))
-            layer.mlp.add_to(residual, rms_norm(residual, layer.middle_norm, epsilon))
+            self._add(residual, layer.output, step.attend(number, queries))
+            self._add(residual, layer.mlp, rms_norm(residual, layer.middle_norm, epsilon))
+
+    def _add(self, residual: torch.Tensor, operator: Linear | GatedMlp | Experts, inputs: torch.Tensor) -> None:
+        if self._reduction is None:
+            operator.add_to(residual, inputs)
+            return
+        part = torch.zeros_like(residual)
+        operator.add_to(part, inputs)
+        self._reduction.add_to(residual, part)
 
 
 class ComposedExperts:

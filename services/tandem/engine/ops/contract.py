@@ -133,6 +133,18 @@ class LayerParts:
     mlp: GatedMlp | Experts
 
 
+class Reduction(Protocol):
+    """Adds up what the tensor ranks have each computed of one result. All of them call it, in the same order."""
+
+    def add_to(self, residual: torch.Tensor, part: torch.Tensor) -> None:
+        """Add the sum of all ranks' `part` [N, H] to `residual` [N, H] float32, in place.
+
+        The parts are added in float32 in the order of the ranks, then their sum is added to the residual: the bits
+        depend on the number of ranks, and on nothing else.
+        """
+        ...
+
+
 class AttentionStep(Protocol):
     """The pool as one plan sees it. Layers are called in order; each stores before it attends."""
 
