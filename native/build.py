@@ -36,6 +36,7 @@ _FLAGS = {
     "isa_avx2.cpp": ("-mavx2", "-mfma"),
     "isa_avx512.cpp": _AVX512,
     "isa_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "experts.cpp": (),
     "interface.cpp": (),
     "layers.cpp": (),
     "plan.cpp": (),

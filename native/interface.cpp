@@ -47,7 +47,7 @@ extern "C" {
 #define TANDEM_EXPORT __attribute__((visibility("default")))
 
 // Raised with every change of this interface.
-TANDEM_EXPORT std::int32_t tandem_interface_version() { return 2; }
+TANDEM_EXPORT std::int32_t tandem_interface_version() { return 3; }
 
 // Whether this CPU runs the kernels of that name.
 TANDEM_EXPORT std::int32_t tandem_supports(const char* kernels) {
@@ -154,6 +154,37 @@ TANDEM_EXPORT std::int32_t tandem_embedding(Runtime* runtime, const void* table,
     });
 }
 
+// Packed weights of the experts follow each other; `gate_up` and `down` are those of the first that is here.
+struct TandemExperts {
+    TandemLinear router, gate_up, down;
+    std::int64_t first, count;  // those that are here
+    std::int64_t per_row;
+    std::int32_t normalized;
+};
+
+static Experts experts_of(const TandemExperts& experts) {
+    return {packed_linear(experts.router),
+            packed_linear(experts.gate_up),
+            packed_linear(experts.down),
+            experts.first,
+            experts.count,
+            experts.per_row,
+            experts.normalized != 0};
+}
+
+TANDEM_EXPORT std::int32_t tandem_experts(Runtime* runtime, const TandemExperts* experts, std::int64_t rows,
+                                          float* inputs, std::int64_t input_stride, float* outputs,
+                                          std::int64_t output_stride, std::int32_t add_to_outputs) {
+    return guarded([&] {
+        const Experts own = experts_of(*experts);
+        Program program;
+        runtime->experts.reserve(experts_bytes(own, rows));
+        add_experts(program, *runtime, own, rows, {inputs, input_stride}, {outputs, output_stride},
+                    add_to_outputs != 0);
+        runtime->pool.run(program);
+    });
+}
+
 struct TandemPlan {
     std::int64_t num_rows;
     const std::int64_t* offsets;
@@ -210,13 +241,15 @@ TANDEM_EXPORT std::int32_t tandem_attend(Plan* plan, std::int64_t layer, std::in
     });
 }
 
-// One decoder layer; pointers stay the caller's. Norms of heads may be null. `window` 0: all positions.
+// One decoder layer; pointers stay the caller's. Norms of heads may be null. `window` 0: all positions. `experts`: null,
+// or what is there instead of gate_up and down.
 struct TandemLayer {
     const float* input_norm;
     const float* query_norm;
     const float* key_norm;
     const float* middle_norm;
     TandemLinear qkv, output, gate_up, down;
+    const TandemExperts* experts;
     std::int64_t window;
     float epsilon;
     float head_epsilon;
@@ -229,9 +262,10 @@ TANDEM_EXPORT std::int32_t tandem_layers(Plan* plan, const TandemLayer* layers, 
         LayerStack stack(*plan, hidden, residual);
         for (std::int64_t i = 0; i < num_layers; ++i) {
             const TandemLayer& layer = layers[i];
+            const auto experts = layer.experts == nullptr ? std::nullopt : std::optional(experts_of(*layer.experts));
             stack.add({i, layer.input_norm, {layer.query_norm, layer.key_norm, layer.head_epsilon}, layer.middle_norm,
                        packed_linear(layer.qkv), packed_linear(layer.output), packed_linear(layer.gate_up),
-                       packed_linear(layer.down), layer.window, layer.epsilon});
+                       packed_linear(layer.down), experts, layer.window, layer.epsilon});
         }
         residual == nullptr ? stack.reserve() : stack.run();
     });

@@ -20,6 +20,9 @@ void LayerStack::reserve() {
     // Attention's are no longer needed when the MLP begins.
     const std::int64_t widest = std::max(qkv_width + 2 * query_width, middle_max_);
     runtime_.activations.reserve(rows_ * (hidden_ + widest) * 4);
+    for (const Layer& layer : layers_) {
+        if (layer.experts) runtime_.experts.reserve(experts_bytes(*layer.experts, rows_));
+    }
     for (const Layer& layer : layers_) build(layer);
 }
 
@@ -50,6 +53,7 @@ void LayerStack::build(const Layer& layer) {
     plan_.add_attend(program_, layer.number, layer.window, queries, attended);
     add_linear(program_, runtime_, layer.output, rows_, {attended, query_width}, residual, true);
     norm(layer.middle_norm);
+    if (layer.experts) return add_experts(program_, runtime_, *layer.experts, rows_, {normed, hidden_}, residual, true);
     add_linear(program_, runtime_, layer.gate_up, rows_, {normed, hidden_}, {middle, middle_width}, false);
     add_linear(program_, runtime_, layer.down, rows_, {middle, middle_width}, residual, true);
 }

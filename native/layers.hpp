@@ -1,6 +1,9 @@
 // Decoder layers as one program: no thread goes idle between the operators of a plan.
 #pragma once
 
+#include <optional>
+
+#include "experts.hpp"
 #include "plan.hpp"
 
 namespace tandem {
@@ -11,6 +14,7 @@ struct Layer {
     HeadNorms head_norms;  // both null: none
     const float* middle_norm;
     PackedLinear qkv, output, gate_up, down;
+    std::optional<Experts> experts;  // instead of gate_up and down
     std::int64_t window;  // 0: all positions
     float epsilon;
 };

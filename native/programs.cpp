@@ -9,6 +9,12 @@ constexpr std::int64_t kBlockRows = 240;     // rows whose packed inputs are use
 constexpr std::int64_t kTasksPerThread = 16; // so many that a thread which is late costs little
 constexpr std::int64_t kTaskElements = 1 << 14;
 
+std::int64_t block_strips(const Runtime& runtime) {
+    return std::max<std::int64_t>(1, kBlockRows / runtime.kernels.strip_rows);
+}
+
+std::int64_t blocks_of(const Runtime& runtime, std::int64_t strips) { return ceil_div(strips, block_strips(runtime)); }
+
 }  // namespace
 
 std::int64_t rows_per_task(std::int64_t rows, std::int64_t row_elements, int threads) {
@@ -25,43 +31,75 @@ std::int64_t packed_bytes(const PackedShape& shape) {
     return shape.panels * kPanelColumns * shape.padded_depth * (shape.element == Element::kFloat32 ? 4 : 2);
 }
 
+bool takes_pairs(const Runtime& runtime, const PackedShape& shape) {
+    return runtime.kernels.pairs && shape.element == Element::kBfloat16;
+}
+
+std::int64_t strip_bytes(const Runtime& runtime, const PackedShape& shape, std::int64_t rows) {
+    return rows * shape.padded_depth * (takes_pairs(runtime, shape) ? 2 : 4);
+}
+
+char* strips_at(const Runtime& runtime, const PackedShape& shape, std::int64_t first_row) {
+    return reinterpret_cast<char*>(runtime.strips.floats()) + strip_bytes(runtime, shape, first_row);
+}
+
+StripTask strip_task(const Runtime& runtime, const PackedShape& shape, std::int64_t rows, Matrix inputs) {
+    return {inputs.data, inputs.stride,      rows,  ceil_div(rows, runtime.kernels.strip_rows),
+            shape.depth, shape.padded_depth, takes_pairs(runtime, shape), nullptr};
+}
+
+LinearTask linear_task(const Runtime& runtime, const PackedLinear& linear, std::int64_t rows, Matrix outputs,
+                       bool add_to_outputs) {
+    LinearTask task{};
+    task.shape = linear.shape;
+    task.weights = linear.packed;
+    task.rows = rows;
+    task.strips = ceil_div(rows, runtime.kernels.strip_rows);
+    task.strips_per_block = ceil_div(task.strips, blocks_of(runtime, task.strips));
+    task.bias = linear.bias;
+    task.outputs = outputs.data;
+    task.output_stride = outputs.stride;
+    task.add_to_outputs = add_to_outputs;
+    task.pairs = takes_pairs(runtime, linear.shape);
+    return task;
+}
+
+std::int64_t linear_tasks(const LinearTask& task) {
+    return ceil_div(task.shape.panels, task.panels_per_task) * ceil_div(task.strips, task.strips_per_block);
+}
+
+std::int64_t linear_blocks_max(const Runtime& runtime, std::int64_t rows, std::int64_t linears) {
+    return rows / (runtime.kernels.strip_rows * block_strips(runtime)) + linears;
+}
+
+std::int64_t panels_per_task(const Runtime& runtime, const PackedShape& shape, std::int64_t blocks) {
+    const std::int64_t wide_tasks = ceil_div(shape.panels, kTaskPanelsMax) * blocks;
+    return wide_tasks >= kTasksPerThread * runtime.pool.threads() ? kTaskPanelsMax : 2;
+}
+
+void need_linear_scratch(Runtime& runtime, std::int64_t rows) {
+    const std::int64_t block_rows = std::min(rows, block_strips(runtime) * runtime.kernels.strip_rows);
+    runtime.need_scratch(kTaskPanelsMax * block_rows * kPanelColumns + 2 * kDepthBlock * kPanelColumns);
+}
+
 void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, std::int64_t rows, Matrix inputs,
                 Matrix outputs, bool add_to_outputs) {
     if (rows == 0 || linear.shape.panels == 0) return;
-    const Kernels& kernels = runtime.kernels;
     const PackedShape& shape = linear.shape;
-    const bool pairs = kernels.pairs && shape.element == Element::kBfloat16;
-    const std::int64_t strips = ceil_div(rows, kernels.strip_rows);
-    const bool as_it_lies = rows == 1 && !pairs && shape.padded_depth == shape.depth;
+    const bool as_it_lies = rows == 1 && !takes_pairs(runtime, shape) && shape.padded_depth == shape.depth;
     if (!as_it_lies) {
-        runtime.strips.reserve(rows * shape.padded_depth * (pairs ? 2 : 4));
-        const StripTask task{inputs.data, inputs.stride,      rows,  strips,
-                             shape.depth, shape.padded_depth, pairs, nullptr};
-        program.push_back({strips, [task, &runtime](std::int64_t number, int) {
+        runtime.strips.reserve(strip_bytes(runtime, shape, rows));
+        const StripTask task = strip_task(runtime, shape, rows, inputs);
+        program.push_back({task.strips, [task, &runtime](std::int64_t number, int) {
                                StripTask own = task;
                                own.packed = runtime.strips.floats();
                                runtime.kernels.strip(own, number);
                            }});
     }
-    LinearTask task{};
-    task.shape = shape;
-    task.weights = linear.packed;
-    task.rows = rows;
-    task.strips = strips;
-    const std::int64_t blocks = ceil_div(strips, std::max<std::int64_t>(1, kBlockRows / kernels.strip_rows));
-    task.strips_per_block = ceil_div(strips, blocks);
-    task.bias = linear.bias;
-    task.outputs = outputs.data;
-    task.output_stride = outputs.stride;
-    task.add_to_outputs = add_to_outputs;
-    task.pairs = pairs;
-    const std::int64_t wide_tasks = ceil_div(shape.panels, kTaskPanelsMax) * blocks;
-    task.panels_per_task = wide_tasks >= kTasksPerThread * runtime.pool.threads() ? kTaskPanelsMax : 2;
-    const std::int64_t block_rows = std::min(rows, task.strips_per_block * kernels.strip_rows);
-    runtime.need_scratch(kTaskPanelsMax * block_rows * kPanelColumns + 2 * kDepthBlock * kPanelColumns);
-    const std::int64_t tasks =
-        ceil_div(shape.panels, task.panels_per_task) * ceil_div(strips, task.strips_per_block);
-    program.push_back({tasks, [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
+    LinearTask task = linear_task(runtime, linear, rows, outputs, add_to_outputs);
+    task.panels_per_task = panels_per_task(runtime, shape, blocks_of(runtime, task.strips));
+    need_linear_scratch(runtime, rows);
+    program.push_back({linear_tasks(task), [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
                            LinearTask own = task;
                            own.strips_packed = as_it_lies ? inputs.data : runtime.strips.floats();
                            runtime.kernels.linear(own, number, runtime.scratch(thread));

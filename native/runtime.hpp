@@ -40,11 +40,14 @@ public:
     Buffer strips;    // inputs of the linear that runs
     Buffer partials;  // of the attention that runs
     Buffer activations;  // of the layers that run
+    Buffer experts;      // of the experts that run
 
     // Scratch of one thread; call `need_scratch` with the floats before a program runs.
     float* scratch(int thread) const { return scratch_.floats() + thread * scratch_floats_; }
     void need_scratch(std::int64_t floats);
-    std::int64_t workspace_bytes() const { return strips.bytes() + partials.bytes() + activations.bytes() + scratch_.bytes(); }
+    std::int64_t workspace_bytes() const {
+        return strips.bytes() + partials.bytes() + activations.bytes() + experts.bytes() + scratch_.bytes();
+    }
 
 private:
     Buffer scratch_;

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tandem.engine.models.decoder import Decoder
+from tandem.engine.models.experts import ExpertsSpec
 from tandem.engine.models.rope import RopeSpec
 from tandem.engine.models.spec import DecoderSpec
-from tandem.engine.models.tensors import expected_tensors
+from tandem.engine.models.tensors import expected_tensors, is_kept_wide
 from tandem.engine.ops.composed import ComposedLayers
 from tandem.engine.ops.contract import LayerParts, LayerStack
 from tandem.engine.ops.cpu import CpuOperators
@@ -54,9 +55,15 @@ def test_row_operators(kernels: str) -> None:
         assert torch.equal(alone.rms_norm(one, weight, 1e-5), norm[row : row + 1])
 
 
-def make_decoder(cpu: CpuOperators, dtype: torch.dtype) -> Decoder:
+EXPERTS = ExpertsSpec(
+    num_experts=7, experts_per_token=3, intermediate_size=60, normalized=True, layers=(True, False, True)
+)
+
+
+def make_decoder(cpu: CpuOperators, dtype: torch.dtype, experts: ExpertsSpec | None = None) -> Decoder:
     spec = DecoderSpec(
-        architecture="test",
+        architecture="Qwen3ForCausalLM" if experts is None else "Qwen3MoeForCausalLM",
+        experts=experts,
         vocab_size=VOCABULARY,
         hidden_size=112,
         intermediate_size=200,
@@ -80,7 +87,7 @@ def make_decoder(cpu: CpuOperators, dtype: torch.dtype) -> Decoder:
     tensors = {}
     for name, shape in sorted(expected_tensors(spec).items()):
         values = torch.randn(shape, generator=random_values) * (0.1 if len(shape) == 2 else 1.0)
-        tensors[name] = values if name.endswith("norm.weight") else values.to(dtype)
+        tensors[name] = values if is_kept_wide(name) else values.to(dtype)
     return Decoder(spec, tensors, cpu)
 
 
@@ -124,14 +131,16 @@ class Batches:
 
 
 @every_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_requests(kernels: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "experts"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, EXPERTS)]
+)
+def test_requests(kernels: str, dtype: torch.dtype, experts: ExpertsSpec | None) -> None:
     """Logits of every position of a request: whole and alone, then in chunks among others, on any pages and threads."""
     tokens = [[random.Random(seed).randrange(VOCABULARY) for _ in range(530)] for seed in range(2)]
     expected: torch.Tensor | None = None
     with torch.inference_mode():
         for seed, num_threads in enumerate(THREADS):
-            batches = Batches(make_decoder(operators(kernels, num_threads), dtype), dtype, seed)
+            batches = Batches(make_decoder(operators(kernels, num_threads), dtype, experts), dtype, seed)
             request = batches.request(tokens[0])
             if expected is None:
                 batches.compute([request], chunk_max=1 << 20)
@@ -152,12 +161,13 @@ class OneByOne(CpuOperators):
 
 
 @every_kernel
-def test_layers_in_one_region_are_the_operators_one_by_one(kernels: str) -> None:
+@pytest.mark.parametrize("experts", [None, EXPERTS], ids=["dense", "experts"])
+def test_layers_in_one_region_are_the_operators_one_by_one(kernels: str, experts: ExpertsSpec | None) -> None:
     tokens = [random.Random(7).randrange(VOCABULARY) for _ in range(400)]
     results = []
     for cpu in (operators(kernels, 3), OneByOne(kernels, 2)):
         with torch.inference_mode():
-            batches = Batches(make_decoder(cpu, torch.bfloat16), torch.bfloat16, 8)
+            batches = Batches(make_decoder(cpu, torch.bfloat16, experts), torch.bfloat16, 8)
             requests = [batches.request(tokens), batches.request(tokens[:90])]
             batches.compute(requests, chunk_max=170)
         results.append(torch.cat(requests[0].logits))
@@ -172,7 +182,7 @@ def test_wider_registers_give_the_same_bits() -> None:
     results = []
     for kernels in ("avx2", "avx512"):
         with torch.inference_mode():
-            batches = Batches(make_decoder(operators(kernels, 2), torch.bfloat16), torch.bfloat16, 6)
+            batches = Batches(make_decoder(operators(kernels, 2), torch.bfloat16, EXPERTS), torch.bfloat16, 6)
             request = batches.request(tokens)
             batches.compute([request], chunk_max=150)
         results.append(torch.cat(request.logits))

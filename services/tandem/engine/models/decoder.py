@@ -161,11 +161,12 @@ class Decoder:
     def _experts(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> Experts:
         spec = self._spec.experts
         assert spec is not None
+        here = range(spec.num_experts)
 
         def weights() -> Iterator[ExpertWeights]:
-            for expert in range(spec.num_experts):
+            for expert in here:
                 names = expert_names(self._spec, layer, expert)
                 yield ExpertWeights(tensors[names.gate], tensors[names.up], tensors[names.down])
 
-        routing = Routing(experts_per_token=spec.experts_per_token, normalized=spec.normalized)
+        routing = Routing(experts_per_token=spec.experts_per_token, normalized=spec.normalized, here=here)
         return self._operators.experts(tensors[router_name(self._spec, layer)], weights(), routing)

@@ -10,7 +10,7 @@ import platform
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 LIBRARY_PATH = Path(__file__).parent / "libtandem_operators.so"
 NOTE_PATH = Path(__file__).parent / "not_built.txt"  # written by setup.py instead of the library
 FLOAT32, BFLOAT16 = 0, 1
@@ -56,6 +56,20 @@ class PlanFields(Structure):
     ]
 
 
+class ExpertsFields(Structure):
+    """`TandemExperts` of native/interface.cpp."""
+
+    _fields_ = [
+        ("router", LinearFields),
+        ("gate_up", LinearFields),
+        ("down", LinearFields),
+        ("first", c_int64),
+        ("count", c_int64),
+        ("per_row", c_int64),
+        ("normalized", c_int32),
+    ]
+
+
 class LayerFields(Structure):
     """`TandemLayer` of native/interface.cpp."""
 
@@ -68,6 +82,7 @@ class LayerFields(Structure):
         ("output", LinearFields),
         ("gate_up", LinearFields),
         ("down", LinearFields),
+        ("experts", POINTER(ExpertsFields)),
         ("window", c_int64),
         ("epsilon", c_float),
         ("head_epsilon", c_float),
@@ -86,6 +101,10 @@ _FUNCTIONS = {
     "tandem_pack": (c_int32, [c_void_p, _LINEAR, c_void_p, c_void_p, c_int64]),
     "tandem_unpack": (c_int32, [c_void_p, _LINEAR, c_void_p, c_void_p, c_int64]),
     "tandem_linear": (c_int32, [c_void_p, _LINEAR, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32]),
+    "tandem_experts": (
+        c_int32,
+        [c_void_p, POINTER(ExpertsFields), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32],
+    ),
     "tandem_rms_norm": (
         c_int32,
         [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p],

@@ -67,15 +67,20 @@ class ComposedExperts:
             for one in experts
         ]
 
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._sum(inputs).to(inputs.dtype)
+
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
+        residual += self._sum(inputs)
+
+    def _sum(self, inputs: torch.Tensor) -> torch.Tensor:
         chosen, weights = route(self._router(inputs), self._routing)
-        total = torch.zeros_like(residual)
-        for number, expert in enumerate(self._experts):
+        total = torch.zeros_like(inputs, dtype=torch.float32)
+        for number, expert in zip(self._routing.here, self._experts, strict=True):
             tokens, ranks = torch.where(chosen == number)
             if len(tokens):
-                output = expert.down(expert.gate_up(inputs[tokens])).float()
-                total[tokens] += output * weights[tokens, ranks, None]
-        residual += total
+                total[tokens] += expert(inputs[tokens]).float() * weights[tokens, ranks, None]
+        return total
 
 
 def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

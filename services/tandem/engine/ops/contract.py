@@ -85,6 +85,10 @@ class GatedMlp:
     gate_up: Linear  # gated
     down: Linear
 
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, H] activations."""
+        return self.down(self.gate_up(inputs))
+
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add the result for `inputs` [N, H] to `residual` [N, H] float32, in place."""
         self.down.add_to(residual, self.gate_up(inputs))
@@ -103,21 +107,24 @@ class ExpertWeights:
 class Routing:
     """A token's experts are those that its router's softmax over all puts first, of equal ones the lower number.
 
-    Their probabilities are their weights; `normalized`: divided by their sum. All of it is float32.
+    Their probabilities are their weights; `normalized`: divided by their sum. All of it is float32. `here`: numbers of
+    the experts that are prepared; where others are chosen, nothing is added.
     """
 
     experts_per_token: int
     normalized: bool
+    here: range
 
 
 class Experts(Protocol):
-    """A router and its experts."""
+    """A router and experts. A token's experts' results are added up in the order of their numbers."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[N, H] activations -> [N, H] activations."""
+        ...
 
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Add each token's experts' results for `inputs` [N, H] activations to `residual` [N, H] float32, in place.
-
-        A token's results are added up in the order of its experts' numbers, and their sum is added to the residual.
-        """
+        """Add the result for `inputs` [N, H] to `residual` [N, H] float32, in place."""
         ...
 
 
@@ -204,7 +211,7 @@ class Operators(Protocol):
         ...
 
     def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:
-        """Prepare a router [experts, H] float32 and its experts, which are taken one by one; they may be kept."""
+        """Prepare a router [all experts, H] float32 and those that are here, taken one by one; they may be kept."""
         ...
 
     def embedding(self, table: torch.Tensor) -> Embedding:

@@ -12,14 +12,11 @@ import torch
 
 from tandem.engine.native.library import BFLOAT16, FLOAT32, LinearFields, NativeUnavailable, load_library
 from tandem.engine.native.memory import NativePages, RecycledTensors
-from tandem.engine.ops.composed import ComposedExperts, ComposedLayers
 from tandem.engine.ops.contract import (
     AttentionShape,
     AttentionStep,
     Embedding,
-    Experts,
     ExpertWeights,
-    GatedMlp,
     LayerParts,
     LayerStack,
     Linear,
@@ -27,6 +24,7 @@ from tandem.engine.ops.contract import (
     TokenBatch,
 )
 from tandem.engine.ops.cpu_attention import CpuAttention
+from tandem.engine.ops.cpu_experts import CpuExperts
 from tandem.engine.ops.cpu_layers import CpuLayers
 
 KERNELS = ("avx512bf16", "avx512", "avx2")  # best first
@@ -97,8 +95,8 @@ class CpuOperators:
     def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> CpuLinear:
         return CpuLinear(self._runtime, weights, biases, gated=True)
 
-    def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:
-        return ComposedExperts(self, self.linear((router,), (None,)), experts, routing)
+    def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> CpuExperts:
+        return CpuExperts(self._runtime, self.linear((router,), (None,)), experts, routing)
 
     def embedding(self, table: torch.Tensor) -> Embedding:
         return CpuEmbedding(self._runtime, table, None)
@@ -126,8 +124,6 @@ class CpuOperators:
         return outputs
 
     def layers(self, parts: Sequence[LayerParts], epsilon: float) -> LayerStack:
-        if not all(isinstance(part.mlp, GatedMlp) for part in parts):
-            return ComposedLayers(self, parts, epsilon)
         return CpuLayers(parts, epsilon)
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
 from tandem.engine.native.library import LayerFields, LinearFields
-from tandem.engine.ops.contract import AttentionShape, AttentionStep, GatedMlp, LayerParts
+from tandem.engine.ops.contract import AttentionShape, AttentionStep, GatedMlp, LayerParts, Linear
 from tandem.engine.ops.cpu_attention import CpuAttention
-
-
-class PackedLinear(Protocol):
-    """What is needed of `cpu.CpuLinear`."""
-
-    fields: LinearFields
+from tandem.engine.ops.cpu_experts import CpuExperts
 
 
 class CpuLayers:
@@ -53,14 +48,18 @@ def _fill(fields: LayerFields, part: LayerParts, epsilon: float) -> None:
         fields.query_norm = _floats(part.head_norms.query)
         fields.key_norm = _floats(part.head_norms.key)
         fields.head_epsilon = part.head_norms.epsilon
-    assert isinstance(part.mlp, GatedMlp)
-    for name, holder in (("qkv", part), ("output", part), ("gate_up", part.mlp), ("down", part.mlp)):
-        setattr(fields, name, _packed(getattr(holder, name)).fields)
+    fields.qkv, fields.output = _packed(part.qkv), _packed(part.output)
+    if isinstance(part.mlp, GatedMlp):
+        fields.gate_up, fields.down = _packed(part.mlp.gate_up), _packed(part.mlp.down)
+    else:
+        assert isinstance(part.mlp, CpuExperts), "experts of another operator set"
+        fields.experts = ctypes.pointer(part.mlp.fields)
 
 
-def _packed(linear: PackedLinear) -> PackedLinear:
-    assert isinstance(linear.fields, LinearFields), "a linear of another operator set"
-    return linear
+def _packed(linear: Linear) -> LinearFields:
+    fields = getattr(linear, "fields", None)
+    assert isinstance(fields, LinearFields), "a linear of another operator set"
+    return fields
 
 
 def _floats(weight: torch.Tensor) -> int:
