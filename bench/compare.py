@@ -48,7 +48,7 @@ def main() -> int:
     ours = resource.getrusage(resource.RUSAGE_CHILDREN)
     others = _busy_seconds() - began_busy - ours.ru_utime - ours.ru_stime
     comparison.other_load = max(0.0, others / (time.monotonic() - began) / (os.cpu_count() or 1))
-    for path in write_results(comparison, Path(given.out)):
+    for path in write_results(comparison, Path(given.out), given.label):
         print(path.read_text() if path.suffix == ".md" else f"wrote {path.name}")
     return 0
 
@@ -70,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vllm-dtype", default="bfloat16")
     parser.add_argument("--vllm-eager", action="store_true", help="without torch.compile")
     parser.add_argument("--work", default=None, metavar="DIR", help="for the GGUF and the logs; gone afterwards")
+    parser.add_argument("--label", default="", help="added to the names of the results, to keep several of a day")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), metavar="DIR")
     given = parser.parse_args()
     if given.context > given.prompt_tokens:

@@ -70,10 +70,11 @@ class Comparison:
         return sum(ours == theirs for ours, theirs in pairs), len(pairs)
 
 
-def write_results(comparison: Comparison, folder: Path) -> list[Path]:
+def write_results(comparison: Comparison, folder: Path, label: str = "") -> list[Path]:
     """Write the table and the JSON, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{comparison.date}-{slug_of(comparison.machine)}-{comparison.model}"
+    words = (comparison.date, slug_of(comparison.machine), comparison.model, label)
+    stem = folder / "-".join(filter(None, words))
     table, values = stem.with_name(stem.name + ".md"), stem.with_name(stem.name + ".json")
     table.write_text("\n".join(table_of(comparison)) + "\n")
     values.write_text(json.dumps(values_of(comparison), indent=1) + "\n")

@@ -47,6 +47,7 @@ ALLOWED = {
     "cli": {
         "cli",
         "core",
+        "engine",
         "certificates",
         "config",
         "config_load",
@@ -67,7 +68,10 @@ CORE_PARTS = {  # what packages outside core's users may take from it
     "telemetry": {"core.stats", "core.messages"},
     "gateway": {"core.messages", "core.stats", "core.routing", "core.token_ids"},
 }
-ENGINE_PARTS_OF_TRANSFER = {"transfer.layout", "transfer.memory"}
+PARTS = {  # of other packages
+    ("engine", "transfer"): {"transfer.layout", "transfer.memory"},
+    ("cli", "engine"): {"engine.native"},  # `tandem doctor` asks whether the operators were built; no torch there
+}
 NEVER = {
     "core": {"torch", "grpc", "asyncio", "threading", "time", "random", "os", "socket", "subprocess", "numpy"},
     "transfer": {"torch", "grpc"},
@@ -125,7 +129,7 @@ def import_faults(path: Path) -> Iterator[str]:
         if not rest or part == "__init__":
             continue
         target = rest.split(".")[0]
-        parts = ENGINE_PARTS_OF_TRANSFER if (part, target) == ("engine", "transfer") else None
+        parts = PARTS.get((part, target))
         if target == "core":
             parts = CORE_PARTS.get(part)
         within = parts is None or rest == target or any(rest == one or rest.startswith(one + ".") for one in parts)

@@ -210,4 +210,11 @@ def _faults() -> list[Panel]:
             "short",
             (f"sum by (pod) (tandem_worker_fenced_peers{{{_DECODE}}})", "{{pod}}"),
         ),
+        graph(
+            "Pairs with other numerics",
+            "Decode pods and prefill workers whose operators round otherwise: other CPUs or settings. Answers stay "
+            "right; they are not bit-identical, and the pages of such a pair are not cached on decode.",
+            "short",
+            (f"sum by (pod) (tandem_worker_peer_numerics_differ{{{_DECODE}}})", "{{pod}}"),
+        ),
     ]

@@ -8,14 +8,26 @@ import os
 import pytest
 
 from tandem.cli import doctor
+from tandem.engine.native.library import NativeUnavailable
 
 
 def test_here_it_runs() -> None:
     lines, code = doctor.report()
     assert code == 0
     assert {line.split()[1] for line in lines if line.startswith(("ok", "lost"))} == {
-        *("python", "torch", "CPU", "memory", "libibverbs1", "mooncake", "RDMA")
+        *("python", "torch", "CPU", "operators", "memory", "libibverbs1", "mooncake", "RDMA")
     }
+
+
+def test_operators_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise NativeUnavailable("no C++ compiler was found")
+
+    monkeypatch.setattr(doctor, "load_library", absent)
+    lines, code = doctor.report()
+    assert code == 0
+    (line,) = [line for line in lines if line.startswith("lost") and line.split()[1] == "operators"]
+    assert "several times slower: no C++ compiler was found" in line
 
 
 def test_missing_libibverbs_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,12 @@ def test_pages_of_other_numerics_serve_their_own_request_only() -> None:
     rig.run()
     assert len(rig.outputs(1)) == 8
     assert len(rig.scheduler.kv.tree) == 0, "nor do pages that were computed on top of them"
+    (figures,) = rig.scheduler.load(0.0).peers
+    assert (figures.numerics, figures.differing) == ("other", 1)
+    rig.submit(2, prompt_of(10), peers=(peer(1),))
+    rig.accept(2)
+    (figures,) = rig.scheduler.load(0.0).peers
+    assert (figures.numerics, figures.differing) == ("exact", 0), "what a peer said last counts"
 
 
 def test_prompt_logprobs_come_from_the_peer() -> None:

@@ -10,13 +10,14 @@ import torch
 
 from tests.e2e.oracle import Oracle, make_checkpoint
 from tests.e2e.service import Service
+from tests.e2e.twin import Twin
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("e2e") / "checkpoint"
-    return folder, Oracle(make_checkpoint(folder))
+    return folder, Oracle(make_checkpoint(folder), Twin(folder))
 
 
 @pytest.fixture(scope="session")

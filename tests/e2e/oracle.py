@@ -1,7 +1,8 @@
 """What an answer must be: transformers on the same checkpoint, fed the answer's own tokens (teacher forcing).
 
 One forward pass checks a whole greedy answer. A token counts as right if its logit is within TIE of the largest, so
-that no verdict rests on a near-tie.
+that no verdict rests on a near-tie. The workers' own operators, run on the whole answer at once, have to agree without
+any tolerance: nothing that happened to a request may have changed a bit of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from tandem.demo import model_path
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
+from tests.e2e.twin import Twin
 from tests.engine.checkpoints import Variant, write_checkpoint
 
 VOCABULARY = 4096
@@ -35,10 +37,11 @@ def make_checkpoint(folder: Path) -> Any:
 
 
 class Oracle:
-    """Judges greedy answers."""
+    """Judges greedy answers of workers that were started with the operators and the type of `twin`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, twin: Twin) -> None:
         self._model = model
+        self._twin = twin
 
     def check(self, prompt: list[int], output: list[int], max_tokens: int) -> None:
         """Fail unless `output` is the greedy continuation, ended by EOS or by length."""
@@ -50,6 +53,7 @@ class Oracle:
         behind = logits.max(dim=-1).values - chosen
         worst = int(behind.argmax())
         assert float(behind[worst]) <= TIE, f"token {worst} of {output} is {float(behind[worst])} behind the best"
+        self._twin.check(prompt, output)
 
 
 def random_prompt(source: random.Random, length: int) -> list[int]:

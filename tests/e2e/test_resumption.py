@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +39,7 @@ class Reader:
     def __init__(self, stub: InferenceServiceStub, message: pb.GenerateRequest) -> None:
         self.output: dict[int, list[int]] = {}
         self.text: dict[int, str] = {}
+        self.logprobs: list[Any] = []  # of all outputs together
         self.last: Any = None
         self.error: grpc.RpcError | None = None
         self._call = stub.StreamGenerate(message, timeout=60)
@@ -50,6 +51,7 @@ class Reader:
             for message in self._call:
                 self.last = message
                 self.output.setdefault(message.index, []).extend(message.token_ids)
+                self.logprobs.extend(message.logprobs)
                 self.text[message.index] = self.text.get(message.index, "") + message.text
         except grpc.RpcError as error:
             self.error = error
@@ -100,8 +102,8 @@ def running(*workers: Program, total: int = 1) -> list[tuple[float, Program]]:
 class Pair:
     """Two decode workers and a prefill worker."""
 
-    def __init__(self, service: Service, *decode_flags: str, **gateway: str) -> None:
-        self.prefill = service.worker("prefill", *TCP)
+    def __init__(self, service: Service, *decode_flags: str, prefill_flags: Sequence[str] = (), **gateway: str) -> None:
+        self.prefill = service.worker("prefill", *TCP, *prefill_flags)
         self.decodes = [service.worker("decode", *TCP, *decode_flags) for _ in range(2)]
         for worker in (self.prefill, *self.decodes):
             worker.wait_ready()

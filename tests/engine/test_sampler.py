@@ -86,7 +86,7 @@ def test_chunks_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = make_logits(7, 1)
     samples = [make_sample(SamplingParams(seed=row, top_p=0.9)) for row in range(7)]
     whole = sample_tokens(logits, samples)
-    monkeypatch.setattr(sampler, "_CHUNK_ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setattr(sampler, "_CHUNK_ELEMENTS", {"cpu": 2 * VOCABULARY})
     assert torch.equal(sample_tokens(logits, samples), whole)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.config import CacheConfig, Config, ModelConfig, ParallelConfig
+from tandem.config import CacheConfig, Config, ModelConfig, ParallelConfig, SchedulerConfig
 from tandem.engine import rank_device
 from tandem.engine import start as start_module
 from tandem.engine.pool import host_pool, sized_layout
-from tandem.engine.start import start_engine
+from tandem.engine.start import numerics_id, start_engine
 from tandem.errors import ConfigError
 from tandem.transfer.layout import KvLayout
 from tandem.transfer.memory import PoolMemory
@@ -20,6 +20,7 @@ from tests.engine.conftest import EngineStarter
 from tests.engine.driver import PlanDriver
 
 QWEN2 = next(variant for variant in VARIANTS if variant.name == "qwen2")
+QWEN2_HIDDEN, QWEN2_MIDDLE = 48, 72
 PAGE = KvLayout(num_pages=1, num_layers=2, num_kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
 
 
@@ -36,6 +37,21 @@ def test_what_an_engine_says(tmp_path: Path, start: EngineStarter) -> None:
     assert (engine.numerics == "") == (engine.operators == "reference")
     assert engine.device.unresolved == 0
     assert not any(engine.memory.view.tobytes()), "the warm-up has left something in the pool"
+
+
+def test_numerics_ids() -> None:
+    """Whatever changes bits is in it; what does not change them is not."""
+    own = numerics_id("cpu-fma-1", "bfloat16", ParallelConfig())
+    assert own == "cpu-fma-1-bfloat16-tensor1-expert1"
+    assert numerics_id("cpu-fma-1", "bfloat16", ParallelConfig(pipeline_size=2, data_size=2)) == own
+    changed = (
+        ("cpu-fma-2", "bfloat16", ParallelConfig()),
+        ("cpu-fma-1", "float32", ParallelConfig()),
+        ("cpu-fma-1", "bfloat16", ParallelConfig(tensor_size=2)),
+        ("cpu-fma-1", "bfloat16", ParallelConfig(expert_size=2)),
+    )
+    assert len({own, *(numerics_id(*each) for each in changed)}) == 5
+    assert numerics_id("", "bfloat16", ParallelConfig()) == "", "operators without proof claim nothing"
 
 
 def test_fingerprints(tmp_path: Path, start: EngineStarter) -> None:
@@ -76,6 +92,27 @@ def test_pool_sizes() -> None:
         sized_layout(PAGE, share, PAGE.page_bytes * 7)
     with pytest.raises(ConfigError, match=r"cache.pool_bytes: 90000 asked for, 80000 bytes of memory are free"):
         sized_layout(PAGE, CacheConfig(pool_bytes=90_000), 80_000)
+
+
+def test_workspace_is_counted_before_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest plan's workspace is taken at the start, so the pool gets its share of what is left."""
+    write_checkpoint(QWEN2, tmp_path)
+    monkeypatch.setattr(start_module, "available_memory_bytes", lambda: 1 << 28)
+    pools = []
+    for budget_tokens in (16, 16384):
+        config = Config(
+            model=ModelConfig(path=str(tmp_path), device="cpu", threads=1),
+            cache=CacheConfig(memory_fraction=0.5),
+            scheduler=SchedulerConfig(budget_tokens=budget_tokens),
+        )
+        engine = start_engine(config, lambda _: None)
+        engine.device.close()
+        engine.memory.close()
+        pools.append(engine.layout.pool_bytes)
+    if engine.operators == "reference":
+        pytest.skip("the reference keeps no workspace")
+    activations = 16384 * 4 * (QWEN2_HIDDEN + QWEN2_MIDDLE)  # some of what a layer needs at once
+    assert pools[0] - pools[1] >= activations / 2
 
 
 def test_weights_that_do_not_fit(tmp_path: Path, start: EngineStarter, monkeypatch: pytest.MonkeyPatch) -> None:

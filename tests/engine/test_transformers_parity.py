@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
+from tandem.config import OperatorChoice
 from tandem.core.messages.plans import Plan, Row
 from tandem.engine.batch import build_batch
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.spec import read_spec
+from tandem.engine.ops.contract import Operators
 from tandem.engine.ops.reference import ReferenceOperators
 from tandem.engine.start import Engine
 from tandem.engine.weights import CheckpointFiles
 from tests.engine.checkpoints import VARIANTS, VOCABULARY, Variant, write_checkpoint
 from tests.engine.conftest import EngineStarter
 from tests.engine.driver import PlanDriver, Running
+from tests.engine.ops_cpu_cases import operators
 
 LOGITS_TOLERANCE = 2e-5  # of the largest logit; what is promised is 1e-4
 NEAR_TIE = 1e-4  # of the largest logit, between the best and the second token: nothing is compared from there on
 NUM_NEW = 64
 PROMPT_LENGTHS = (1, 3, 5, 16, 20, 37, 70)
+
+every_set = pytest.mark.parametrize("ops", [choice for choice in get_args(OperatorChoice) if choice != "auto"])
 
 
 @dataclass
@@ -73,16 +78,24 @@ def assert_greedy(model: Any, requests: list[Running]) -> None:
     assert NUM_NEW in counts
 
 
+def operators_of(ops: OperatorChoice) -> Operators:
+    """The operator set of a name; skips if this CPU does not run it."""
+    if ops == "reference":
+        return ReferenceOperators(torch.float32)
+    return operators(ops.removeprefix("cpu-"))
+
+
 def driver_of(engine: Engine, seed: int) -> PlanDriver:
     layout = engine.layout
     return PlanDriver(engine.device, num_pages=layout.num_pages, page_tokens=layout.page_tokens, seed=seed)
 
 
-def test_prefill_logits(case: Case) -> None:
+@every_set
+def test_prefill_logits(case: Case, ops: OperatorChoice) -> None:
     spec = read_spec(case.folder)
     with torch.inference_mode(), CheckpointFiles(case.folder, spec) as files:
         weights = files.load(torch.float32, torch.device("cpu"), lambda _: None)
-        decoder = Decoder(spec, weights.tensors, ReferenceOperators(torch.float32))
+        decoder = Decoder(spec, weights.tensors, operators_of(ops))
         pool = torch.full((20, spec.num_layers, 2, spec.num_kv_heads, 8, spec.head_dim), 1e3)
         (prompt,) = make_prompts(5)[-1:]
         row = Row(request_id=0, slot=0, start=0, num_tokens=len(prompt), token_ids=prompt, pages=(*range(19, 4, -1),))
@@ -92,8 +105,10 @@ def test_prefill_logits(case: Case) -> None:
     assert (logits - expected).abs().max() <= LOGITS_TOLERANCE * expected.abs().max()
 
 
-def test_greedy_continuation_of_mixed_batches(case: Case, start: EngineStarter) -> None:
-    driver = driver_of(start(case.folder), seed=11)
+@every_set
+def test_greedy_continuation_of_mixed_batches(case: Case, start: EngineStarter, ops: OperatorChoice) -> None:
+    operators_of(ops)
+    driver = driver_of(start(case.folder, ops=ops), seed=11)
     requests = [driver.start(prompt, NUM_NEW) for prompt in make_prompts(6)]
     driver.generate(requests, NUM_NEW, chunk_max=23)
     assert_greedy(case.model, requests)

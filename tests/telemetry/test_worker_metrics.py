@@ -38,7 +38,7 @@ def test_every_figure_of_a_snapshot_is_shown() -> None:
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "unified"])
 def test_the_exposition_is_the_table(role: str) -> None:
-    peers = (PeerFigures(address="p:1", landed=1, failed=0, num_bytes=9),)
+    peers = (PeerFigures(address="p:1", landed=1, failed=0, num_bytes=9, numerics="n", differing=1),)
     facts = WorkerFacts(role=role, model="demo", transports=["tcp"])
     registry = registry_of(LoadSnapshot(peers=peers), facts, vllm=True)
     metrics = [*table.WORKER_METRICS, *table.VLLM_METRICS, *(table.DECODE_METRICS if role == "decode" else ())]

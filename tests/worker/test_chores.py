@@ -9,12 +9,18 @@ import pytest
 
 from tandem.core.messages.worker import Stats
 from tandem.core.scheduler import Scheduler
-from tandem.core.stats import LoadSnapshot
+from tandem.core.settings import SchedulerSettings
+from tandem.core.stats import LoadSnapshot, PeerFigures
+from tandem.core.tallies import OTHER_PEERS
 from tandem.worker.chores import BEAT_SECONDS, CHECK_SECONDS, CHECK_SHARE, IDLE_SECONDS, STATS_SECONDS, Chores
 
 
 class Bench:
     """Stands in for the scheduler: its figures are a counter, its self-check takes as long as it is told."""
+
+    settings = SchedulerSettings(
+        role="decode", num_pages=1, page_tokens=1, max_context_tokens=1, vocab_size=1, numerics="own"
+    )
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -23,10 +29,11 @@ class Bench:
         self.checks: list[float] = []
         self.check_seconds = 0.0
         self.faults: list[str] = []
+        self.peers: tuple[PeerFigures, ...] = ()
         self.chores = Chores(self.sent.append, lambda: self.now)
 
     def load(self, now: float) -> LoadSnapshot:
-        return LoadSnapshot(running_requests=self.running)
+        return LoadSnapshot(running_requests=self.running, peers=self.peers)
 
     def self_check(self) -> list[str]:
         self.checks.append(self.now)
@@ -101,3 +108,21 @@ def test_what_the_self_check_finds_is_logged(caplog: pytest.LogCaptureFixture) -
         bench.sleep_until_due()
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "page 3" in caplog.text
+
+
+def test_a_pair_of_other_numerics_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    bench.peers = (figures("p:1", "other"), figures("p:2", "own", differing=0), figures(OTHER_PEERS, "", differing=3))
+    for bench.running in range(5):
+        bench.turn(after=STATS_SECONDS)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "p:1 computes with numerics other, this one with own" in caplog.text
+    bench.peers = (figures("p:1", "third"), figures("p:2", ""))
+    for bench.running in range(5):
+        bench.turn(after=STATS_SECONDS)
+    assert len(caplog.records) == 3, "another worker at the same address is another pair"
+    assert "p:2 computes with numerics not claimed" in caplog.text
+
+
+def figures(address: str, numerics: str, differing: int = 1) -> PeerFigures:
+    return PeerFigures(address=address, landed=1, failed=0, num_bytes=1, numerics=numerics, differing=differing)

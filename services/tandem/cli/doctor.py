@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.config import TransferConfig
+from tandem.engine.native.library import NativeUnavailable, load_library
 from tandem.transfer.choice import devices, mooncake_absence
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -97,6 +98,14 @@ def _cpu() -> Finding:
     return Finding("ok", "CPU", text + "; no bf16 instructions, bf16 weights are widened as they are used")
 
 
+def _operators() -> Finding:
+    try:
+        load_library()
+    except NativeUnavailable as missing:
+        return Finding("lost", "operators", f"no C++ kernels, the plain ones are several times slower: {missing}")
+    return Finding("ok", "operators", "C++ kernels are built; a worker's log says which of them it uses")
+
+
 def _memory() -> Finding:
     values = {line.partition(":")[0]: line for line in _read("/proc/meminfo").splitlines()}
     available = int(values.get("MemAvailable", "x: 0 kB").split()[1]) * 1024
@@ -113,4 +122,4 @@ def _read(path: str) -> str:
         return ""
 
 
-_CHECKS: tuple[Callable[[], Finding], ...] = (_python, _torch, _cpu, _memory, _verbs, _mooncake, _rdma)
+_CHECKS: tuple[Callable[[], Finding], ...] = (_python, _torch, _cpu, _operators, _memory, _verbs, _mooncake, _rdma)

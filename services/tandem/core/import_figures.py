@@ -22,6 +22,11 @@ FAILURE_OF = {
 }
 
 
+def note_numerics(ledger: Ledger, imp: Import, numerics: str) -> None:
+    """The peer has accepted, and computes with these."""
+    ledger.tallies.handoffs.accepted(imp.peer.address, numerics, differs=numerics != ledger.settings.numerics)
+
+
 def count_pull(ledger: Ledger, ticket: Ticket, event: PullEnded) -> None:
     """A pull is over, of this attempt or an earlier one."""
     counters = ledger.counters

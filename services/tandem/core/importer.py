@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tandem.core.import_effects import open_stream, pull
-from tandem.core.import_figures import FAILURE_OF, count_failure, count_landing, count_pull
+from tandem.core.import_figures import FAILURE_OF, count_failure, count_landing, count_pull, note_numerics
 from tandem.core.imports import Import, ImportBook
 from tandem.core.ledger import Ledger
 from tandem.core.messages.handoff import (
@@ -141,6 +141,7 @@ class Importer:
         imp = self._book.by_stream(event.stream_id)
         if imp is None:
             return
+        note_numerics(self._ledger, imp, event.accepted.numerics)
         if not imp.accept(event.accepted, self._transports, self._settings):
             count_failure(self._ledger, imp, "incompatible")
             self._give_up_peer(imp, now)

@@ -58,12 +58,17 @@ class TransportFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerFigures:
-    """What decode has received from one prefill peer; the address "other" sums those that were long ago."""
+    """What decode has received from one prefill peer; the address "other" sums those that were long ago.
+
+    `numerics` is what the peer said last; `differing` is 1 if it is not this worker's own, for "other" their number.
+    """
 
     address: str
     landed: int
     failed: int  # attempts
     num_bytes: int
+    numerics: str = ""
+    differing: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,11 +90,14 @@ class _Peer:
     landed: int = 0
     failed: int = 0
     num_bytes: int = 0
+    numerics: str = ""
+    differing: int = 0
 
     def add(self, other: _Peer) -> None:
         self.landed += other.landed
         self.failed += other.failed
         self.num_bytes += other.num_bytes
+        self.differing += other.differing
 
 
 class HandoffTallies:
@@ -115,6 +118,11 @@ class HandoffTallies:
         figures.seconds += seconds
         figures.mismatched_pages += num_bad_pages
         self._peer(peer).num_bytes += num_bytes
+
+    def accepted(self, peer: str, numerics: str, *, differs: bool) -> None:
+        """A peer has accepted an attempt and said which `numerics` it computes with."""
+        figures = self._peer(peer)
+        figures.numerics, figures.differing = numerics, int(differs)
 
     def failed(self, peer: str, transport: str, reason: str) -> None:
         """An attempt failed; `reason` is one of HANDOFF_FAILURES."""
@@ -141,7 +149,14 @@ class HandoffTallies:
     def peers(self) -> tuple[PeerFigures, ...]:
         others = [(OTHER_PEERS, self._others)] if self._others != _Peer() else []
         return tuple(
-            PeerFigures(address=address, landed=each.landed, failed=each.failed, num_bytes=each.num_bytes)
+            PeerFigures(
+                address=address,
+                landed=each.landed,
+                failed=each.failed,
+                num_bytes=each.num_bytes,
+                numerics=each.numerics,
+                differing=each.differing,
+            )
             for address, each in [*self._peers.items(), *others]
         )
 

@@ -9,6 +9,7 @@ import torch
 from tandem.core.messages.sampling import TokenLogprob
 from tandem.engine.ordering import top_values
 
+_CHUNK_ELEMENTS = 1 << 20  # logits worked on at a time: bounds the temporaries
 _SLACK = 32  # more candidates than asked for, so that equal values at the end seldom leave the order open
 
 
@@ -17,6 +18,12 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: Seque
 
     logits [n, vocabulary] float32, raw; token_ids [n] int64 on the same device. NaN counts as impossible.
     """
+    at_once = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    parts = (slice(start, start + at_once) for start in range(0, len(num_top), at_once))
+    return [one for part in parts for one in _describe(logits[part], token_ids[part], num_top[part])]
+
+
+def _describe(logits: torch.Tensor, token_ids: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprob]:
     safe = torch.nan_to_num(logits, nan=float("-inf"), posinf=torch.finfo(logits.dtype).max, neginf=float("-inf"))
     normalizer = safe.logsumexp(dim=-1, keepdim=True)
     chosen = (safe.gather(-1, token_ids[:, None]) - normalizer)[:, 0].tolist()

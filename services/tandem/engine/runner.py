@@ -15,7 +15,7 @@ from tandem.engine.logprobs import token_logprobs
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.sampler import sample_tokens
 
-_PROMPT_LOGITS_ELEMENTS = 1 << 24  # logits of prompt positions computed at a time
+_PROMPT_LOGITS_ELEMENTS = 1 << 22  # logits of prompt positions computed at a time
 
 
 @dataclass(frozen=True, slots=True)

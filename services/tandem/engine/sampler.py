@@ -14,7 +14,10 @@ from tandem.core.messages.plans import Sample
 from tandem.engine.ordering import top_values
 from tandem.engine.uniforms import uniforms
 
-_CHUNK_ELEMENTS = 1 << 23  # logits worked on at a time: bounds the float64 temporaries
+# Logits worked on at a time by kind of device: bounds the temporaries. Small ones stay in a CPU's cache.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 23
+_ELEMENT_BYTES = 64  # of the temporaries that exist at once, for each of these logits
 _CANDIDATES = 256  # most supports of top_k and top_p fit in; a row that needs more is ordered completely
 
 
@@ -24,7 +27,7 @@ def sample_tokens(logits: torch.Tensor, samples: Sequence[Sample]) -> torch.Tens
     Temperature 0 takes the largest logit, the lowest id among equals. A row that has no distribution (NaN, +inf,
     nothing allowed) takes the largest of what it has and disturbs no other row.
     """
-    at_once = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    at_once = _rows_at_once(logits.device, logits.shape[-1])
     parts = [
         _sample(logits[start : start + at_once], samples[start : start + at_once])
         for start in range(0, len(samples), at_once)
@@ -32,12 +35,22 @@ def sample_tokens(logits: torch.Tensor, samples: Sequence[Sample]) -> torch.Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def sampling_bytes(device: torch.device, vocab_size: int) -> int:
+    """Return the bytes that drawing takes at once beside the logits, however many rows there are."""
+    return _rows_at_once(device, vocab_size) * vocab_size * _ELEMENT_BYTES
+
+
+def _rows_at_once(device: torch.device, vocab_size: int) -> int:
+    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // vocab_size)
+
+
 def _sample(logits: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
-    logits = torch.nan_to_num(_adjusted(logits, samples), nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    greedy = logits.argmax(dim=-1)
+    logits = _adjusted(logits, samples)
     drawn_rows = [row for row, sample in enumerate(samples) if sample.params.temperature > 0]
     if not drawn_rows:
-        return greedy
+        return _largest(logits)
+    logits = _without_nan(logits)
+    greedy = logits.argmax(dim=-1)
     chosen = [samples[row] for row in drawn_rows]
     rows = torch.tensor(drawn_rows, device=logits.device)
     scaled = logits if len(drawn_rows) == len(samples) else logits[rows]
@@ -48,6 +61,18 @@ def _sample(logits: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
     scaled = torch.where(has_distribution[:, None], (scaled - largest) / temperatures, 0.0)
     drawn = _draw(scaled, chosen)
     return greedy.index_put((rows,), torch.where(has_distribution, drawn, greedy[rows]))
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """Index of each row's largest value. Where it costs nothing to ask, a copy is made only if there is any NaN."""
+    largest = logits.argmax(dim=-1)  # NaN counts as the largest
+    if logits.device.type == "cpu" and not logits.gather(-1, largest[:, None]).isnan().any():
+        return largest
+    return _without_nan(logits).argmax(dim=-1)
+
+
+def _without_nan(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(logits, nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
 
 
 def _adjusted(logits: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:

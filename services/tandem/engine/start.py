@@ -11,11 +11,12 @@ from fractions import Fraction
 
 import torch
 
-from tandem.config import Config, ModelConfig
+from tandem.config import Config, ModelConfig, ParallelConfig
 from tandem.engine.collectives import Meeting, RankLinks, connect
 from tandem.engine.cpu import CpuDevice
 from tandem.engine.cuda import CudaDevice
 from tandem.engine.device import Device
+from tandem.engine.heap import keep_freed_memory
 from tandem.engine.host import available_memory_bytes
 from tandem.engine.location import Checkpoint, locate_checkpoint
 from tandem.engine.models.decoder import Decoder
@@ -27,12 +28,12 @@ from tandem.engine.place import RankPlace
 from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout
 from tandem.engine.rank_device import rank_device, rank_threads, ranks_here
 from tandem.engine.runner import PlanRunner
+from tandem.engine.sampler import sampling_bytes
 from tandem.engine.weights import CheckpointFiles, Weights
 from tandem.errors import ConfigError
 from tandem.transfer.layout import KvLayout
 from tandem.transfer.memory import PoolMemory
 
-_SAMPLING_COPIES = 2  # float32 copies of a plan's logits: themselves, and what sampling makes of them
 _NO_PART_OF_KV = ("eos_token_ids", "max_context_tokens", "dtype")
 
 
@@ -67,10 +68,12 @@ def start_engine(
 ) -> Engine:
     """Load the configured model and size its pool; raises ConfigError that says what cannot be served, and why.
 
-    `progress` gets a line of text for people now and then. Sets torch's number of threads for this process.
+    `progress` gets a line of text for people now and then. Sets torch's number of threads and the C library's
+    allocator for this process.
     One of several ranks (`place`) needs to know where they meet; it waits for the others, before it loads and again
     before the pool is sized. Raises CollectiveFailed if one of them is lost.
     """
+    keep_freed_memory()
     place = place or RankPlace()
     device = rank_device(config, place)
     num_threads = rank_threads(config)
@@ -89,7 +92,7 @@ def start_engine(
             # The C++ operators have threads of their own; torch has little left to do, its pool would be in the way.
             torch.set_num_threads(1 if operators.packs_weights else num_threads)
             decoder = _build_decoder(loaded, part, operators, links, progress)
-        numerics = _numerics(operators, loaded.dtype, place)
+        numerics = numerics_id(operators.numerics, loaded.dtype, config.parallel)
         one_page = _one_page(config, loaded, part)
         fingerprint = one_page.fingerprint(loaded.digest, spec.num_layers, spec.num_kv_heads)
         _require_equal(links, fingerprint=fingerprint, numerics=numerics, operators=operators.name)
@@ -195,7 +198,8 @@ def _sized_layout(
     shaped_pool = torch.empty((1, *one_page.page_shape), dtype=TORCH_DTYPES[loaded.dtype], device=device)
     decoder.reserve(budget_tokens, shaped_pool)
     sampled = min(budget_tokens, config.scheduler.max_running_requests)
-    taken = operators.workspace_bytes + _SAMPLING_COPIES * sampled * spec.vocab_size * 4
+    logits_bytes = sampled * spec.vocab_size * 4
+    taken = operators.workspace_bytes + logits_bytes + sampling_bytes(device, spec.vocab_size)
     taken += config.parallel.tensor_size * budget_tokens * spec.hidden_size * 4  # the ranks' parts of a sum
     if not operators.packs_weights:
         taken += loaded.weights.num_mapped_bytes  # not resident yet, but they will be
@@ -249,10 +253,12 @@ def _dtype(config: ModelConfig, checkpoint_dtype: str) -> str:
     return "float32" if checkpoint_dtype == "float32" else "bfloat16"
 
 
-def _numerics(operators: Operators, dtype: str, place: RankPlace) -> str:
-    """What must be equal for two workers' bits to be equal; empty where nothing is claimed."""
-    tensor_size = place.sharding.tensor_size
-    return f"{operators.numerics}-{dtype}-tensor{tensor_size}-expert1" if operators.numerics else ""
+def numerics_id(operators: str, dtype: str, parallel: ParallelConfig) -> str:
+    """What must be equal for two workers' bits to be equal; empty where nothing is claimed.
+
+    `operators` is their own part. Ranks that share a layer add up partial sums, so their number counts; stages do not.
+    """
+    return f"{operators}-{dtype}-tensor{parallel.tensor_size}-expert{parallel.expert_size}" if operators else ""
 
 
 def _free_bytes(device: torch.device) -> int:

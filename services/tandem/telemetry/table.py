@@ -271,6 +271,11 @@ HANDOFF_FAILED = _counter(
 PEER_LANDED = _counter("peer_handoffs", "Hand-offs whose pages all arrived, by prefill peer", "peer")
 PEER_FAILED = _counter("peer_handoff_failures", "Attempts to receive a hand-off that failed, by prefill peer", "peer")
 PEER_BYTES = _counter("peer_transferred_bytes", "KV bytes pulled, by prefill peer", "peer")
+PEER_NUMERICS = _gauge(
+    "peer_numerics_differ",
+    "1: this prefill peer computes with other bits; its pages serve their request and are not cached",
+    "peer",
+)
 WORKER_INFO = Metric(name="tandem_worker", kind="info", help="What this worker runs", labels=("role",))
 TRANSPORT = _gauge("transport", "1 for each transport that can be used, in order of preference", "transport", "rank")
 # By the field of WorkerVitals that they show.
@@ -304,6 +309,7 @@ DECODE_METRICS = (
     PEER_LANDED,
     PEER_FAILED,
     PEER_BYTES,
+    PEER_NUMERICS,
 )
 
 # The Gateway API model-server contract, by the names that its endpoint picker looks for; telemetry.vllm_metrics.

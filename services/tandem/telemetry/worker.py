@@ -108,6 +108,7 @@ class WorkerCollector(Collector):
             (table.PEER_LANDED, "landed"),
             (table.PEER_FAILED, "failed"),
             (table.PEER_BYTES, "num_bytes"),
+            (table.PEER_NUMERICS, "differing"),
         ):
             yield self._family(metric, [((peer.address,), float(getattr(peer, attribute))) for peer in load.peers])
 

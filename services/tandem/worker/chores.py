@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 
 from tandem.core.messages.worker import Stats
 from tandem.core.scheduler import Scheduler
 from tandem.core.stats import LoadSnapshot
+from tandem.core.tallies import OTHER_PEERS
 
 STATS_SECONDS = 0.1  # at most so often, when something has changed,
 BEAT_SECONDS = 5.0  # and so often when nothing has: the frontend hears that the loop still turns
 IDLE_SECONDS = 0.2  # how long nothing has happened when the self-check runs
 CHECK_SECONDS = 1.0  # at least so long between two self-checks,
+WARNED_MAX = 1024  # peers that are remembered as warned of
 CHECK_SHARE = 0.01  # and so that they take no more than this share of the time: a large pool takes a while
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class Chores:
         self._last_stats = self._last_sent = float("-inf")
         self._next_check = float("-inf")
         self._sent: LoadSnapshot | None = None
+        self._warned: OrderedDict[str, str] = OrderedDict()  # peers by address, and the numerics that they had
 
     def next_due(self) -> float:
         """When `run` wants to be called again."""
@@ -62,4 +66,21 @@ class Chores:
         if load != self._sent or now - self._last_sent >= BEAT_SECONDS:
             self._sent, self._last_sent = load, now
             self._send(Stats(load))
+            self._warn_of_numerics(load, scheduler)
         self._last_stats, self._stats_due = now, now + BEAT_SECONDS
+
+    def _warn_of_numerics(self, load: LoadSnapshot, scheduler: Scheduler) -> None:
+        """Say once for each pair that it loses bit-exactness, and nothing else."""
+        for peer in load.peers:
+            if not peer.differing or self._warned.get(peer.address) == peer.numerics or peer.address == OTHER_PEERS:
+                continue
+            self._warned[peer.address] = peer.numerics
+            if len(self._warned) > WARNED_MAX:
+                self._warned.popitem(last=False)
+            _logger.warning(
+                "prefill worker %s computes with numerics %s, this one with %s: its pages serve their own request "
+                "and are not cached; answers may differ in the last bits (docs/numerics.md)",
+                peer.address,
+                peer.numerics or "not claimed",
+                scheduler.settings.numerics or "not claimed",
+            )
