@@ -144,10 +144,11 @@ def _clients() -> list[Panel]:
 
 
 def _room() -> list[Panel]:
-    busy = f"avg by (role) (rate(tandem_worker_device_seconds_total{{{WORKER}}}[{RATE}]))"
+    device = "tandem_worker_device_seconds_total"
+    busy = f"{rate(device, WORKER, 'role')} / sum by (role) (tandem_worker_replicas{{{WORKER}}})"
     prefill, decode = (
-        f'avg(rate(tandem_worker_device_seconds_total{{{GATEWAY},role="{role}"}}[{RATE}]))'
-        for role in ("prefill", "decode")
+        f"{rate(device, where)} / sum(tandem_worker_replicas{{{where}}})"
+        for where in (f'{GATEWAY},role="prefill"', f'{GATEWAY},role="decode"')
     )
     return [
         graph(
@@ -162,7 +163,7 @@ def _room() -> list[Panel]:
             "P:D balance",
             "Busy share of prefill over that of decode. Above 1: prefill is the shorter side, below 1: decode.",
             "short",
-            (f"{prefill} / {decode}", "prefill : decode"),
+            (f"({prefill}) / ({decode})", "prefill : decode"),
         ),
         graph(
             "Wait by role, p95",

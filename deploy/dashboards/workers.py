@@ -10,9 +10,14 @@ _PURPOSE = (
     "and "
     "decode pods are different machines in all of these."
 )
-_IDLE = f"rate(tandem_worker_device_idle_seconds_total{{{WORKER}}}[{RATE}])"
-_DEVICE = f"rate(tandem_worker_device_seconds_total{{{WORKER}}}[{RATE}])"
-_STEPS = f"rate(tandem_worker_step_seconds_sum{{{WORKER}}}[{RATE}])"
+_IDLE, _DEVICE, _STEPS = (
+    f"{rate(f'tandem_worker_{name}', WORKER)} / sum(tandem_worker_replicas{{{WORKER}}})"
+    for name in ("device_idle_seconds_total", "device_seconds_total", "step_seconds_sum")
+)
+_IDLE_BY_POD = (
+    f"{rate('tandem_worker_device_idle_seconds_total', WORKER, 'pod')} / "
+    f"sum by (pod) (tandem_worker_replicas{{{WORKER}}})"
+)
 
 
 def build() -> dashboard.Dashboard:
@@ -22,6 +27,7 @@ def build() -> dashboard.Dashboard:
         ("Devices and loops", _loops()),
         ("Batches", _batches()),
         ("Memory", _memory()),
+        ("Replicas within a pod", _replicas()),
         ("Life", _life()),
     ):
         made = made.with_row(dashboard.Row(row))
@@ -37,7 +43,7 @@ def _now() -> list[Panel]:
             "Idle devices",
             "Share of the time without a plan at the device: nothing to do, or nothing that may begin.",
             "percentunit",
-            f"avg({_IDLE})",
+            _IDLE,
         ),
         number(
             "Step p95",
@@ -74,12 +80,12 @@ def _loops() -> list[Panel]:
     return [
         graph(
             "What devices do",
-            "Mean over pods. Computing is use; launching is host work that the device waits for (the overlap loop "
+            "Mean over replicas. Computing is use; launching is host work that the device waits for (the overlap loop "
             "hides most of it); idle is room.",
             "percentunit",
-            (f"avg({_DEVICE})", "computing"),
-            (f"clamp_min(avg({_STEPS}) - avg({_DEVICE}), 0)", "launching"),
-            (f"avg({_IDLE})", "idle"),
+            (_DEVICE, "computing"),
+            (f"clamp_min({_STEPS} - {_DEVICE}, 0)", "launching"),
+            (_IDLE, "idle"),
             stacked=True,
             top=1,
         ),
@@ -87,7 +93,7 @@ def _loops() -> list[Panel]:
             "Idle device",
             "By pod. One pod idle beside busy ones: routing does not reach it.",
             "percentunit",
-            (f"sum by (pod) ({_IDLE})", "{{pod}}"),
+            (_IDLE_BY_POD, "{{pod}}"),
             top=1,
         ),
         graph(
@@ -98,7 +104,7 @@ def _loops() -> list[Panel]:
         ),
         graph(
             "Silent loops",
-            "Since the event loop of rank 0 was heard of; up to 5 s when idle. Beyond 20 s: TandemStuckLoop.",
+            "Since a pod's most silent event loop was heard of; up to 5 s when idle. Beyond 20 s: TandemStuckLoop.",
             "s",
             (f"max by (pod) (tandem_worker_loop_silent_seconds{{{WORKER}}})", "{{pod}}"),
         ),
@@ -201,6 +207,55 @@ def _memory() -> list[Panel]:
             "By pod.",
             "s",
             (quantile(0.95, "tandem_worker_queue_seconds", WORKER, "pod"), "{{pod}}"),
+        ),
+    ]
+
+
+def _replicas() -> list[Panel]:
+    """What a pod with parallel.data_size above 1 makes of its load; elsewhere one line a pod."""
+    by, legend = "pod, replica", "{{pod}} / {{replica}}"
+    return [
+        graph(
+            "Requests by replica",
+            "Those that hold pages. Lines of a pod that part for long: its requests share a beginning, or a few are "
+            "very long.",
+            "short",
+            (f"sum by ({by}) (tandem_worker_replica_running_requests{{{WORKER}}})", legend),
+        ),
+        graph(
+            "Prompt tokens that wait, by replica",
+            "What new requests are balanced by, together with what decodes.",
+            "short",
+            (f"sum by ({by}) (tandem_worker_replica_waiting_uncached_tokens{{{WORKER}}})", legend),
+        ),
+        graph(
+            "Tokens by replica",
+            "Computed tokens, prompt and output.",
+            "short",
+            (rate("tandem_worker_replica_computed_tokens_total", WORKER, by), legend),
+        ),
+        graph(
+            "KV memory by replica",
+            "Share of a replica's pages that is neither free nor evictable. One request fits into one replica only.",
+            "percentunit",
+            (
+                f'sum by ({by}) (tandem_worker_replica_pages{{{WORKER},state=~"held|quarantined"}})'
+                f" / sum by ({by}) (tandem_worker_replica_pages{{{WORKER}}})",
+                legend,
+            ),
+            top=1,
+        ),
+        graph(
+            "Prefix cache hits by replica",
+            "Prompt tokens that were found computed: conversations stay where their beginning is.",
+            "short",
+            (rate("tandem_worker_replica_prefix_hit_tokens_total", WORKER, by), legend),
+        ),
+        graph(
+            "Silent loops by replica",
+            "Which one of a pod does not turn any more.",
+            "s",
+            (f"max by ({by}) (tandem_worker_replica_loop_silent_seconds{{{WORKER}}})", legend),
         ),
     ]
 

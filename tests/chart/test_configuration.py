@@ -88,6 +88,22 @@ def test_sizes_are_each_roles_own(tmp_path: Path) -> None:
     assert decode == ParallelConfig(data_size=3)
 
 
+def test_every_transfer_process_has_a_kv_port(tmp_path: Path) -> None:
+    rendered = Rendered(
+        {"prefill": {"parallel": {"tensorSize": 2, "dataSize": 3}}, "decode": {"parallel": {"dataSize": 2}}}
+    )
+    for role, count in (("prefill", 6), ("decode", 2)):
+        first = loaded(rendered, role, tmp_path).transfer.port
+        (container,) = rendered.pod_templates()[role]["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        names = ["kv", *(f"kv-{number}" for number in range(1, count))]
+        assert [ports.pop(name) for name in names] == list(range(first, first + count))
+        assert not set(ports.values()) & set(range(first, first + count))
+    rules = rendered.by_role("NetworkPolicy")["prefill"]["spec"]["ingress"]
+    opened = {port["port"] for rule in rules for port in rule["ports"]}
+    assert {"handoff", "kv", *(f"kv-{number}" for number in range(1, 6))} <= opened
+
+
 def test_loops_are_each_roles_own(tmp_path: Path) -> None:
     for prefill, decode in (("normal", "overlap"), ("overlap", "normal")):
         rendered = Rendered({"prefill": {"loop": prefill}, "decode": {"loop": decode}})

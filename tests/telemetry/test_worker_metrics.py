@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tandem.core.stats import HistogramCounts, LoadSnapshot, PageCounts, PeerFigures, TransportFigures
 from tandem.telemetry import table
 from tandem.telemetry.gateway import GatewayMetrics
-from tandem.telemetry.worker import WorkerFacts, WorkerVitals, register_worker
+from tandem.telemetry.worker import ReplicaFigures, WorkerFacts, WorkerVitals, register_worker
 
 FACTS = WorkerFacts(
     role="decode", model="demo", page_tokens=16, info={"role": "decode", "loop": "overlap_decode"}, transports=["tcp"]
@@ -21,7 +21,8 @@ ELSEWHERE = {"transferred_bytes", "transfer_seconds", "checksum_mismatches", "fa
 
 def registry_of(load: LoadSnapshot, facts: WorkerFacts = FACTS, *, vllm: bool = False) -> CollectorRegistry:
     registry = CollectorRegistry()
-    register_worker(registry, lambda: load, lambda: WorkerVitals(sessions=2), facts, vllm=vllm)
+    replicas = [ReplicaFigures(load, 1.0), ReplicaFigures(LoadSnapshot(), 7.0)]
+    register_worker(registry, lambda: load, lambda: WorkerVitals(sessions=2), lambda: replicas, facts, vllm=vllm)
     return registry
 
 
@@ -88,6 +89,19 @@ def test_values() -> None:
     assert value_of(registry, "transferred_bytes_total", transport="tcp") == 8
     assert value_of(registry, "checksum_mismatches_total", transport="tcp") == 1
     assert value_of(registry, "handoff_failures_total", transport="tcp", reason="lost") == 2
+
+
+def test_the_figures_of_each_replica() -> None:
+    pages = PageCounts(free=3, held=1, cached=4, quarantined=2, total=10)
+    registry = registry_of(LoadSnapshot(running_requests=2, generated_tokens=9, pages=pages))
+    assert value_of(registry, "replicas") == 2
+    assert value_of(registry, "replica_running_requests", replica="0") == 2
+    assert value_of(registry, "replica_running_requests", replica="1") == 0
+    assert value_of(registry, "replica_generated_tokens_total", replica="0") == 9
+    assert value_of(registry, "replica_pages", replica="0", state="cached") == 4
+    assert value_of(registry, "replica_pages", replica="1", state="cached") == 0
+    assert value_of(registry, "replica_loop_silent_seconds", replica="1") == 7
+    assert value_of(registry, "replica_running_requests", replica="2") is None
 
 
 def test_bounded_series_are_there_before_the_first_event() -> None:

@@ -278,9 +278,29 @@ PEER_NUMERICS = _gauge(
 )
 WORKER_INFO = Metric(name="tandem_worker", kind="info", help="What this worker runs", labels=("role",))
 TRANSPORT = _gauge("transport", "1 for each transport that can be used, in order of preference", "transport", "rank")
+# By replica (parallel.data_size, 64 at most), which is "0" where there is one; by the field of LoadSnapshot.
+REPLICA_LOAD_METRICS: dict[str, Metric] = {
+    "running_requests": _gauge("replica_running_requests", "Requests that hold pages, by replica", "replica"),
+    "waiting_requests": _gauge("replica_waiting_requests", "Requests that wait, by replica", "replica"),
+    "waiting_uncached_tokens": _gauge(
+        "replica_waiting_uncached_tokens", "Prompt tokens that wait to be computed, by replica", "replica"
+    ),
+    "computed_tokens": _counter("replica_computed_tokens", "Tokens computed, prompt and output, by replica", "replica"),
+    "generated_tokens": _counter("replica_generated_tokens", "Output tokens, by replica", "replica"),
+    "prefix_hit_tokens": _counter(
+        "replica_prefix_hit_tokens", "Prompt tokens found in the prefix cache, by replica", "replica"
+    ),
+}
+REPLICA_PAGES = _gauge("replica_pages", "KV pages by replica and state", "replica", "state")
+REPLICA_SILENT = _gauge(
+    "replica_loop_silent_seconds", "Since the event loop of a replica's rank 0 was heard of; 5 when idle", "replica"
+)
+REPLICAS = _gauge("replicas", "Replicas of the model in this worker; sums of device time are over all of them")
 # By the field of WorkerVitals that they show.
 WORKER_VITALS: dict[str, Metric] = {
-    "loop_silent_seconds": _gauge("loop_silent_seconds", "Since the event loop of rank 0 was heard of; 5 when idle"),
+    "loop_silent_seconds": _gauge(
+        "loop_silent_seconds", "Since the event loop was heard of that was silent for longest; 5 when idle"
+    ),
     "frontend_lag_seconds": _gauge("frontend_lag_seconds", "How late the frontend's event loop is with its heartbeat"),
     "sessions": _gauge("sessions", "Sessions of gateways"),
     "drain_seconds": _gauge("drain_seconds", "How long the worker has been draining; 0: it is not"),
@@ -292,6 +312,10 @@ WORKER_METRICS = (
     *WORKER_LOAD_METRICS.values(),
     *WORKER_HISTOGRAMS.values(),
     *WORKER_VITALS.values(),
+    *REPLICA_LOAD_METRICS.values(),
+    REPLICA_PAGES,
+    REPLICA_SILENT,
+    REPLICAS,
     BUILD_INFO,
     ENDED_REQUESTS,
     PAGES,

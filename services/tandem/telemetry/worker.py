@@ -44,19 +44,29 @@ class WorkerVitals:
     drain_limit_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaFigures:
+    """What one replica said last, and how long ago it was heard of."""
+
+    load: LoadSnapshot
+    loop_silent_seconds: float = 0.0
+
+
 class WorkerCollector(Collector):
-    """Shows `load()` and `vitals()`; `vllm`: the `vllm:` gauges as well."""
+    """Shows `load()`, `vitals()` and `replicas()`; `vllm`: the `vllm:` gauges as well."""
 
     def __init__(
         self,
         load: Callable[[], LoadSnapshot],
         vitals: Callable[[], WorkerVitals],
+        replicas: Callable[[], Sequence[ReplicaFigures]],
         facts: WorkerFacts,
         *,
         vllm: bool = False,
     ) -> None:
         self._load = load
         self._vitals = vitals
+        self._replicas = replicas
         self._facts = facts
         self._vllm = vllm
 
@@ -81,10 +91,24 @@ class WorkerCollector(Collector):
         yield self._family(table.FENCED_PEERS, [((), float(len(load.fenced_instance_ids)))])
         ranks = [((name, str(rank)), 1.0) for rank, name in enumerate(facts.transports)]
         yield self._family(table.TRANSPORT, ranks)
+        yield from self._by_replica(self._replicas())
         if facts.role == "decode":
             yield from self._handoffs(load)
         if self._vllm:
             yield from self._vllm_gauges(load)
+
+    def _by_replica(self, replicas: Sequence[ReplicaFigures]) -> Iterable[Family]:
+        named = [(str(index), replica) for index, replica in enumerate(replicas)]
+        yield self._family(table.REPLICAS, [((), float(len(named)))])
+        for name, metric in table.REPLICA_LOAD_METRICS.items():
+            yield self._family(metric, [((index,), float(getattr(each.load, name))) for index, each in named])
+        pages = [
+            ((index, state), float(getattr(each.load.pages, state)))
+            for index, each in named
+            for state in table.PAGE_STATES
+        ]
+        yield self._family(table.REPLICA_PAGES, pages)
+        yield self._family(table.REPLICA_SILENT, [((index,), each.loop_silent_seconds) for index, each in named])
 
     def _handoffs(self, load: LoadSnapshot) -> Iterable[Family]:
         known = {figures.transport: figures for figures in load.transports}
@@ -150,9 +174,10 @@ def register_worker(
     registry: CollectorRegistry,
     load: Callable[[], LoadSnapshot],
     vitals: Callable[[], WorkerVitals],
+    replicas: Callable[[], Sequence[ReplicaFigures]],
     facts: WorkerFacts,
     *,
     vllm: bool = False,
 ) -> None:
-    """Show a worker's metrics in `registry`; `load` and `vitals` are called at every scrape, by the exporter."""
-    registry.register(WorkerCollector(load, vitals, facts, vllm=vllm))
+    """Show a worker's metrics in `registry`; the callables are called at every scrape, by the exporter."""
+    registry.register(WorkerCollector(load, vitals, replicas, facts, vllm=vllm))

@@ -32,7 +32,7 @@ from tandem.rpc.tls import ClientTls
 from tandem.telemetry.drain import DrainClock
 from tandem.telemetry.health import Health
 from tandem.telemetry.tracing import open_tracer
-from tandem.telemetry.worker import WorkerFacts, WorkerVitals, register_worker
+from tandem.telemetry.worker import ReplicaFigures, WorkerFacts, WorkerVitals, register_worker
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
 from tandem.worker.handoff_server import HandoffServer
@@ -284,6 +284,7 @@ class _Worker:
             self._registry,
             lambda: self._frontend.load,
             self._vitals,
+            self._by_replica,
             WorkerFacts(
                 role=ready.role,
                 model=ready.model,
@@ -303,6 +304,9 @@ class _Worker:
             drain_limit_seconds=self._drain_clock.limit_seconds(),
         )
 
+    def _by_replica(self) -> list[ReplicaFigures]:
+        return [ReplicaFigures(*each) for each in zip(self._loads, self._replicas.silent_seconds(), strict=True)]
+
     def _starting_info(self) -> WorkerInfo:
         return WorkerInfo(
             worker_id=f"{socket.gethostname()}/{self._role}-{self._instance_id[:3].hex()}",
@@ -318,12 +322,13 @@ class _Worker:
 def _log_ready(address: str, ready: RankReady) -> None:
     """Say once what runs here, and which transports were chosen and why."""
     _logger.info(
-        "%s serves at %s: loop %s, operators %s, %d KV tokens, prompts up to %d tokens",
+        "%s serves at %s: %sloop %s, operators %s, %d KV tokens, prompts up to %d tokens",
         ready.model,
         address,
+        f"{ready.data_size} replicas, " if ready.data_size > 1 else "",
         ready.loop,
         ready.operators,
-        ready.max_total_num_tokens,
+        ready.num_pages * ready.page_tokens,
         ready.max_req_input_len,
     )
     if ready.role == "unified":

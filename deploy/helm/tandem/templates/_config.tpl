@@ -20,6 +20,7 @@
 {{- $_ := set $config "parallel" (dict "tensor_size" (int $sizes.tensorSize) "pipeline_size" (int $sizes.pipelineSize) "data_size" (int $sizes.dataSize) "expert_size" (int $sizes.expertSize)) -}}
 {{- if ne $role "unified" -}}
 {{- $_ := set $config "transfer" (include "tandem.transferConfig" $root | fromYaml) -}}
+{{- $_ := set $config.transfer "port" (include "tandem.kvPorts" . | fromYamlArray | first | int) -}}
 {{- end -}}
 {{- if eq $role "prefill" }}{{ $_ := set $server "handoff_port" 50053 }}{{ end -}}
 {{- end -}}
@@ -41,9 +42,18 @@ port_name: grpc
 {{- end }}
 {{- end }}
 
+{{/* The KV ports of a worker: one a transfer process, which every rank of every replica has. */}}
+{{- define "tandem.kvPorts" -}}
+{{- $sizes := (index (index . 0).Values (index . 1)).parallel -}}
+{{- $count := mul (int $sizes.tensorSize) (int $sizes.pipelineSize) (int $sizes.dataSize) | int -}}
+{{- $first := gt $count 1 | ternary 50100 50052 -}}
+{{- range untilStep $first (add $first $count | int) 1 }}
+- {{ . }}
+{{- end }}
+{{- end }}
+
 {{- define "tandem.transferConfig" -}}
 transport: {{ .Values.transport }}
-port: 50052
 {{- if include "tandem.mooncake" . }}
 trusted_network: true
 mooncake_devices: {{ .Values.rdma.devices | quote }}

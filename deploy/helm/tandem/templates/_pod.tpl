@@ -98,7 +98,9 @@ capabilities:
     - {name: grpc, containerPort: 50051, protocol: TCP}
     - {name: metrics, containerPort: 9090, protocol: TCP}
     {{- if has $role (list "prefill" "decode") }}
-    - {name: kv, containerPort: 50052, protocol: TCP}
+    {{- range $index, $port := include "tandem.kvPorts" . | fromYamlArray }}
+    - {name: kv{{ if $index }}-{{ $index }}{{ end }}, containerPort: {{ $port }}, protocol: TCP}
+    {{- end }}
     {{- end }}
     {{- if eq $role "prefill" }}
     - {name: handoff, containerPort: 50053, protocol: TCP}
