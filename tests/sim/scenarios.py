@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 from tandem.config import HandoffConfig
+from tandem.core.messages.handoff import Sharding
 from tests.sim.world import Options, World
 
 STORM = {"faults": 0.2, "lost_releases": 0.1, "cancels": 0.2, "deadlines": 0.1}
@@ -33,6 +34,8 @@ def random_options(random: Random, **fixed: Any) -> Options:
             pull_pages_max=random.choice([1, 3, 64]),
             fence_seconds=0.2,
         ),
+        "prefill_sharding": Sharding(random.choice([1, 2, 4]), random.choice([1, 2, 4])),
+        "decode_sharding": Sharding(random.choice([1, 2, 4]), random.choice([1, 2, 4])),
     }
     return Options(**{**values, **fixed})
 

@@ -11,7 +11,7 @@ from tests.sim import token_plants
 from tests.sim.plants import PLANTS
 from tests.sim.scenarios import crowded
 
-FIRST_SEED, MAX_SEEDS = 3000, 60
+FIRST_SEED, MAX_SEEDS = 3000, 120
 assert token_plants.__doc__, "imported for what it plants"
 
 

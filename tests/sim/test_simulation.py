@@ -43,7 +43,8 @@ HAPPENS = (
 def test_calm(prefill_loop: str, decode_loop: str) -> None:
     for seed in range(SEEDS):
         world = simulate(seed, prefill_loop=prefill_loop, decode_loop=decode_loop)
-        assert world.seen["local_prefills"] == 0, "every peer was well"
+        # Between two attempts, after decode took a prefix back, a hand-off is on its lease: prefill may need its pages.
+        assert world.seen["local_prefills"] <= world.seen["made room on decode"], "every peer was well"
         assert world.seen["leases_started"] <= world.seen["made room on decode"], "every stream was released"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 from random import Random
 
-from tandem.core.messages.handoff import RankEndpoint
+from tandem.core.messages.handoff import RankEndpoint, Sharding
 from tandem.core.messages.transfer import (
     CancelPull,
     Export,
@@ -21,7 +23,11 @@ from tandem.core.messages.transfer import (
     TransferLost,
     TransferReady,
 )
+from tandem.core.sharding import pieces
 from tests.sim.oracle import page_checksum
+
+LAYERS, HEADS = 4, 4  # of the model that ranks may share
+_SLOT_BITS = 64
 
 Later = Callable[[float, Callable[[], None]], None]
 
@@ -34,8 +40,30 @@ class Served:
     checksums: dict[int, int] = field(default_factory=dict)
 
 
+@cache
+def piece_masks(exporter: Sharding, importer: Sharding) -> tuple[int, ...]:
+    """Return which bits of every slot are of each piece; every bit is of one layer and head."""
+    found = []
+    for piece in pieces(exporter, importer, LAYERS, HEADS):
+        part = piece.part
+        cells = {
+            layer * HEADS + head
+            for layer in range(part.first_layer, part.end_layer)
+            for head in range(part.first_head, part.end_head)
+        }
+        found.append(sum(1 << bit for bit in range(_SLOT_BITS) if bit % (LAYERS * HEADS) in cells))
+    return tuple(found)
+
+
+def _masked(slots: list[int], mask: int) -> list[int]:
+    return [slot & mask for slot in slots]
+
+
 class SimTransfer:
-    """One transfer process life after another, over one pool. `directory` finds an exporter by instance id."""
+    """One life after another of a worker's transfer processes, which begin and end together, over one pool.
+
+    `directory` finds an exporter by instance id.
+    """
 
     def __init__(
         self,
@@ -45,6 +73,7 @@ class SimTransfer:
         deliver: Callable[[object], None],
         directory: dict[bytes, SimTransfer],
         faults: float,
+        sharding: Sharding,
     ) -> None:
         self._random = random
         self._pool = pool
@@ -52,6 +81,7 @@ class SimTransfer:
         self._deliver = deliver
         self._directory = directory
         self._faults = faults
+        self._sharding = sharding
         self.served: dict[bytes, Served] = {}
         self._cancelled: set[int] = set()
         self._written: dict[int, tuple[int, ...]] = {}  # by pull: pages, until its end has been said
@@ -65,8 +95,14 @@ class SimTransfer:
         self.instance_id = self._random.randbytes(8)
         self._directory[self.instance_id] = self
         self.alive = True
-        endpoint = RankEndpoint(transport="tcp", address="sim", instance_id=self.instance_id)
-        self._deliver(TransferReady(self.instance_id, (endpoint,), ("tcp",)))
+        ranks = product(range(self._sharding.pipeline_size), range(self._sharding.tensor_size))
+        endpoints = tuple(
+            RankEndpoint(
+                transport="tcp", address="sim", instance_id=self.instance_id, tensor_rank=tensor, pipeline_rank=stage
+            )
+            for stage, tensor in ranks
+        )
+        self._deliver(TransferReady(self.instance_id, endpoints, ("tcp",)))
 
     def kill(self, restart_seconds: float | None) -> None:
         """End this life: nothing is read or served any more. None: for good."""
@@ -130,11 +166,14 @@ class SimTransfer:
             if old is not None:
                 self.check_unchanged(old)
         assert entry.attempt == command.attempt
-        sums = []
         for ordinal, page in enumerate(command.pages, command.first_ordinal):
             entry.pages[ordinal] = page
             entry.checksums[ordinal] = page_checksum(self._pool[page])
-            sums.append(entry.checksums[ordinal])
+        sums = [
+            page_checksum(_masked(self._pool[page], mask))
+            for mask in piece_masks(self._sharding, command.importer)
+            for page in command.pages
+        ]
         checksums = array("Q", sums).tobytes()
         self._say(Exported(command.handoff_id, command.attempt, command.first_ordinal, checksums))
 
@@ -152,11 +191,16 @@ class SimTransfer:
     # ---- importer -------------------------------------------------------------------------------------------------
 
     def _pull(self, command: Pull) -> None:
-        """Read page after page, each at its own instant; a failed or cancelled pull goes on writing for a while."""
+        """Read piece after piece, each page at its own instant; a failed or cancelled pull goes on writing for a while.
+
+        A page is good when all its pieces are.
+        """
         fate = self._random.random()
-        instants = sorted(self._random.uniform(0.0, 0.02) for _ in command.ordinals)
-        life, good, bad = self.instance_id, list[int](), list[int]()
-        breaks_at = self._random.randrange(len(command.ordinals)) if fate < self._faults else None
+        masks = piece_masks(command.exporter, self._sharding)
+        num_reads = len(masks) * len(command.ordinals)
+        instants = sorted(self._random.uniform(0.0, 0.02) for _ in range(num_reads))
+        life, good, bad = self.instance_id, Counter[int](), set[int]()
+        breaks_at = self._random.randrange(num_reads) if fate < self._faults else None
         failed = [False]
 
         def read(index: int) -> None:
@@ -164,16 +208,19 @@ class SimTransfer:
                 return
             source = self._directory.get(command.endpoints[0].instance_id)
             entry = None if source is None else source.served.get(command.handoff_id)
-            ordinal = command.ordinals[index]
+            piece, position = divmod(index, len(command.ordinals))
+            ordinal, mask, target = command.ordinals[position], masks[piece], self._pool[command.pages[position]]
             if source is None or entry is None or entry.token != command.token or ordinal not in entry.pages:
                 failed[0] = True
                 return
             slots = list(source._pool[entry.pages[ordinal]])
             if self._random.random() < self._faults / 4:
-                slots[self._random.randrange(len(slots))] ^= 4
-            self._pool[command.pages[index]][:] = slots
-            matches = page_checksum(slots) == array("Q", command.checksums)[index]
-            (good if matches else bad).append(ordinal)
+                slots[self._random.randrange(len(slots))] ^= mask & -mask
+            target[:] = [own & ~mask | slot & mask for own, slot in zip(target, slots, strict=True)]
+            if page_checksum(_masked(target, mask)) == array("Q", command.checksums)[index]:
+                good[ordinal] += 1
+            else:
+                bad.add(ordinal)
 
         for index, instant in enumerate(instants):
             self._later(instant, lambda index=index: read(index))  # type: ignore[misc]
@@ -183,7 +230,7 @@ class SimTransfer:
                 return
             if breaks_at is not None or failed[0]:
                 status = PullStatus.FAILED
-            elif command.ticket in self._cancelled and len(good) + len(bad) < len(command.ordinals):
+            elif command.ticket in self._cancelled and good.total() + len(bad) < num_reads:
                 status = PullStatus.CANCELLED
             else:
                 status = PullStatus.MISMATCH if bad else PullStatus.DONE
@@ -192,8 +239,8 @@ class SimTransfer:
                 PullEnded(
                     ticket=command.ticket,
                     status=status,
-                    good_ordinals=tuple(good),
-                    bad_ordinals=tuple(bad),
+                    good_ordinals=tuple(one for one in command.ordinals if good[one] == len(masks)),
+                    bad_ordinals=tuple(one for one in command.ordinals if one in bad),
                     transport="tcp",
                 )
             )

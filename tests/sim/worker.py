@@ -11,7 +11,7 @@ from tandem.core.roles import Pacing, loop_of
 from tandem.core.scheduler import Scheduler, Tick
 from tandem.core.settings import SchedulerSettings
 from tests.sim.device import HashDevice
-from tests.sim.transfer import SimTransfer
+from tests.sim.transfer import HEADS, LAYERS, SimTransfer
 from tests.sim.watch import Watch
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class SimWorker:
         self.alive = True
         loop = loop_of(role, loop_name)
         num_pages = options.prefill_pages if role == "prefill" else options.decode_pages
+        sharding = options.prefill_sharding if role == "prefill" else options.decode_sharding
         settings = SchedulerSettings(
             role=role,
             chain=loop.chain,
@@ -45,6 +46,9 @@ class SimWorker:
             fingerprint="sim",
             numerics="sim",
             instance_id=self.instance_id,
+            sharding=sharding,
+            num_layers=LAYERS,
+            num_kv_heads=HEADS,
         )
         self.depth = loop.depth
         self.scheduler = Scheduler(settings, lambda: world.random.randbytes(16))
@@ -58,6 +62,7 @@ class SimWorker:
             self.event,
             world.directory,
             options.faults,
+            sharding,
         )
         self.watch = Watch(self)
         self.clients: dict[int, Client] = {}

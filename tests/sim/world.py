@@ -16,6 +16,7 @@ from tandem.core.messages.handoff import (
     OpenStream,
     ReleaseReason,
     ReleaseReceived,
+    Sharding,
     StreamClosed,
     StreamLost,
 )
@@ -45,6 +46,8 @@ class Options:
     num_prefill: int = 2
     num_decode: int = 2
     unified: bool = False
+    prefill_sharding: Sharding = field(default_factory=Sharding)
+    decode_sharding: Sharding = field(default_factory=Sharding)
     num_requests: int = 12
     page_tokens: int = 4
     prefill_pages: int = 40

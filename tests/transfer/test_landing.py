@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tandem.core.messages.handoff import RankEndpoint
-from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull
+from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull, Slab, Source
 from tandem.transfer import hashing
 from tandem.transfer.engine_pool import MAX_PARKED, EnginePool
 from tandem.transfer.landing_importer import LandingImporter
@@ -359,3 +359,31 @@ def test_no_read_crosses_a_registration() -> None:
 
 def test_the_ring_is_bounded() -> None:
     assert NUM_SLOTS * SLOT_BYTES <= 256 << 20
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (Slab(1024, 512, 2048, 32), Slab(1024, 512, 2048, 32)),
+        (Slab(1024, 512, 2048, 32), Slab(0, 16 << 10, 16 << 10, 1)),
+        (Slab(8 << 10, 16 << 10, 16 << 10, 1), Slab(0, 512, 1024, 32)),
+        (Slab(3, 100, 300, 200), Slab(7, 200, 300, 100)),
+    ],
+)
+def test_a_piece_is_picked_out_of_what_was_read(source: Slab, target: Slab) -> None:
+    """One read a page, its bytes split anywhere between slots; what lies between the runs goes nowhere."""
+    setting = Setting(num_pages=200)
+    sources, targets = [*range(0, 200, 2), 1], list(range(99, 200))
+    setting.target.rows[:] = 0
+    expected = Pages.of(setting.source, sources, source)
+    ended = setting.pull(
+        sources,
+        targets,
+        checksums=hashing.pack(hashing.hashes(expected)),
+        slab=target,
+        source=Source(64 << 10, source),
+    )
+    assert ended.status is PullStatus.DONE, ended
+    assert np.array_equal(hashing.hashes(Pages.of(setting.target, targets, target)), hashing.hashes(expected))
+    assert np.count_nonzero(setting.target.rows) <= len(targets) * target.num_bytes
+    assert not setting.target.rows[:99].any()

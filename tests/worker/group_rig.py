@@ -82,6 +82,12 @@ class RankedWorker:
             for pool, part in zip(self.pools, self.parts, strict=True)
         )
 
+    def pid(self, rank: int) -> int:
+        """Of the present life of a rank's process."""
+        process = self.links[rank]._process
+        assert process is not None
+        return process.pid
+
     # ---- outcomes -------------------------------------------------------------------------------------------------
 
     def wait(

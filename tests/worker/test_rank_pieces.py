@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from tandem.core.messages.handoff import Sharding
-from tandem.core.messages.transfer import PullStatus, Revoke, Revoked, Slab
+from tandem.core.messages.transfer import CancelPull, PullStatus, Revoke, Revoked, Slab, TransferLost, TransferReady
 from tandem.core.sharding import KvPart, pieces
+from tandem.transfer.choice import mooncake_absence
 from tandem.transfer.layout import KvLayout
 from tests.worker.group_rig import MODEL, RankedWorker, model_kv
 
@@ -57,6 +59,7 @@ def hand_over(exporter: RankedWorker, importer: RankedWorker) -> None:
     assert ended.status is PullStatus.DONE, ended
     assert (ended.good_ordinals, ended.bad_ordinals) == (tuple(range(len(SOURCES))), ())
     assert ended.num_bytes == len(SOURCES) * MODEL.page_bytes, "every byte once, whoever read it"
+    assert ended.transport == importer.ready.imports[0]
     assert importer.holds(KV, TARGETS, SOURCES)
     others = np.setdiff1d(np.arange(MODEL.num_pages), TARGETS)
     for pool, old in zip(importer.pools, before, strict=True):
@@ -129,3 +132,65 @@ def test_a_wrong_head_range_is_caught(
     plant_wrong_head_range(monkeypatch)
     with pytest.raises(AssertionError):
         hand_over(exporter, importer)
+
+
+def test_one_ranks_process_is_replaced_and_the_hand_off_attached_again() -> None:
+    """On both sides: what the group had in hand is over when TransferLost comes, and a higher attempt goes on."""
+    exporter, importer = RankedWorker(Sharding(2, 1)), RankedWorker(Sharding(1, 2))
+    try:
+        exporter.hold(KV)
+        importer.hold(model_kv(9))
+        handoff_id = os.urandom(16)
+        old = exporter.export(handoff_id, SOURCES, importer.sharding)
+        for worker, rank in ((exporter, 1), (importer, 0)):
+            os.kill(worker.pid(rank), signal.SIGKILL)
+            lost = worker.wait(TransferLost)
+            assert f"rank {rank}" in lost.message
+            before, worker.ready = worker.ready, worker.wait(TransferReady)
+            lives = zip(before.endpoints, worker.ready.endpoints, strict=True)
+            assert [one == other for one, other in lives] == [index != rank for index in range(2)]
+        ended = importer.pull(old, TARGETS)
+        assert ended.status in (PullStatus.REFUSED, PullStatus.FAILED), "no rank serves what was lost on one"
+        new = exporter.export(handoff_id, SOURCES, importer.sharding, attempt=2)
+        assert importer.pull(new, TARGETS).status is PullStatus.DONE
+        assert importer.holds(KV, TARGETS, SOURCES)
+    finally:
+        exporter.close()
+        importer.close()
+
+
+def test_a_rank_that_stands_still_fails_the_pull_and_ends_its_siblings() -> None:
+    exporter, importer = RankedWorker(Sharding(2, 1)), RankedWorker(Sharding(1, 1))
+    stopped = exporter.pid(1)
+    try:
+        exporter.hold(KV)
+        importer.hold(model_kv(9))
+        shared = exporter.export(os.urandom(16), SOURCES, importer.sharding)
+        os.kill(stopped, signal.SIGSTOP)
+        ticket = importer.begin_pull(shared, TARGETS)
+        ended = importer.end_pull(ticket)
+        assert (ended.status, ended.good_ordinals) == (PullStatus.FAILED, ()), "half of a page is no page"
+        assert importer.adopted == [[]]
+        os.kill(stopped, signal.SIGCONT)
+        assert importer.pull(shared, TARGETS).status is PullStatus.DONE
+        assert importer.holds(KV, TARGETS, SOURCES)
+        cancelled = importer.begin_pull(shared, TARGETS)
+        importer.group.send(CancelPull(cancelled))
+        assert importer.end_pull(cancelled).status in (PullStatus.CANCELLED, PullStatus.DONE)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+        exporter.close()
+        importer.close()
+
+
+@pytest.mark.mooncake
+@pytest.mark.skipif(bool(mooncake_absence()), reason=mooncake_absence() or "Mooncake is there")
+@pytest.mark.parametrize("pair", [(Sharding(2, 1), Sharding(1, 2)), (Sharding(1, 1), Sharding(2, 1))], ids=str)
+def test_one_sided_reads_take_the_same_pieces(pair: tuple[Sharding, Sharding]) -> None:
+    exporter, importer = (RankedWorker(sharding, "mooncake-tcp") for sharding in pair)
+    try:
+        assert importer.ready.imports[0] == "mooncake-tcp", importer.ready.notes
+        hand_over(exporter, importer)
+    finally:
+        exporter.close()
+        importer.close()

@@ -11,11 +11,10 @@ from tandem.core.messages.transfer import PullEnded, PullStatus, RankPull, Sourc
 from tandem.errors import TransportError
 from tandem.transfer.contract import PullDone
 from tandem.transfer.engine_pool import EnginePool
-from tandem.transfer.iovec import Runs
 from tandem.transfer.landing_link import LandingLink
 from tandem.transfer.landing_ring import Remote
-from tandem.transfer.one_sided import OneSidedAddress, arena_bytes
-from tandem.transfer.pages import PageSpace, check_slab, slab_addresses
+from tandem.transfer.one_sided import OneSidedAddress
+from tandem.transfer.pages import PageSpace, check_slab
 from tandem.transfer.pull_job import PullJob
 from tandem.transfer.tcp_stream import TcpSettings
 
@@ -74,8 +73,7 @@ class LandingImporter:
         source = pull.source or Source(self._space.page_bytes, self._space.whole)
         check_slab(source.slab, source.page_bytes)
         assert source.slab.num_bytes == job.pages.bytes_each, "both ends cut the same piece"
-        addresses = slab_addresses(numbers, address.pool, source.page_bytes, source.slab)
-        return Remote(Runs(addresses, source.slab.run_bytes), address.pool, arena_bytes(source.page_bytes))
+        return Remote(numbers, source, address.pool)
 
     def _assign(self, job: PullJob, remote: Remote) -> None:
         """Give a pull to its peer's link, a new one if the present one drains. Raises TransportError."""

@@ -20,6 +20,7 @@ from tandem.core.messages.transfer import PullStatus
 from tandem.errors import TransportError
 from tandem.transfer.engine_pool import EnginePool, Landing
 from tandem.transfer.handshake import dial
+from tandem.transfer.iovec import Runs
 from tandem.transfer.landing_ring import Batch, LandingRing, Remote
 from tandem.transfer.one_sided import PROBE_BYTES, OneSidedAddress, ReadEngine, ReadState, probe_pattern
 from tandem.transfer.pull_job import PullJob
@@ -37,14 +38,15 @@ class _Entry:
 
     job: PullJob
     remote: Remote
+    local: Runs
     missing: npt.NDArray[np.int64]
     moved_at: float
     submitted: int = 0  # bytes of its stream that were asked for
 
     def land(self, batch: Batch) -> None:
         """Move a finished batch into the pages and verify those that are complete now."""
-        batch.scatter()
-        size = self.job.pages.bytes_each
+        batch.scatter(self.local)
+        size = self.remote.bytes_each
         touched = np.arange(batch.begin // size, -(-batch.end // size))
         landed = np.minimum(batch.end, (touched + 1) * size) - np.maximum(batch.begin, touched * size)
         self.missing[touched] -= landed
@@ -83,11 +85,11 @@ class LandingLink:
 
     def pull(self, job: PullJob, remote: Remote) -> bool:
         """Take a pull over, which holds its job once; False if this link takes no more."""
-        missing = np.full(len(job.ordinals), job.pages.bytes_each, dtype=np.int64)
+        missing = np.full(len(job.ordinals), remote.bytes_each, dtype=np.int64)
         with self._changed:
             if self._is_draining:
                 return False
-            entry = self._entries[job] = _Entry(job, remote, missing, time.monotonic())
+            entry = self._entries[job] = _Entry(job, remote, Runs.of(job.pages), missing, time.monotonic())
             self._waiting.append(entry)
             self._changed.notify()
         return True
@@ -212,7 +214,7 @@ class LandingLink:
             if not self._waiting or (slot := ring.take()) is None:
                 return None
             entry = self._waiting[0]
-            begin, total = entry.submitted, entry.job.pages.num_bytes
+            begin, total = entry.submitted, entry.remote.num_bytes
             pieces = entry.remote.reads(begin, min(begin + ring.slot_bytes, total))[:MAX_OUTSTANDING_READS]
             if len(pieces) > room:
                 ring.give_back(slot)
@@ -222,7 +224,7 @@ class LandingLink:
                 entry.moved_at = time.monotonic()
             if entry.submitted == total:
                 self._waiting.popleft()
-            return Batch(entry.job, slot, begin, entry.submitted), pieces
+            return Batch(entry.job, entry.remote, slot, begin, entry.submitted), pieces
 
     def _submit(
         self, engine: ReadEngine, ring: LandingRing, session: str, batch: Batch, pieces: list[tuple[int, int]]
