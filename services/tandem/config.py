@@ -38,6 +38,7 @@ class SchedulerConfig:
         "auto", "event loop: overlap plans while the device computes, normal does not; auto: pipelined with stages"
     )
     budget_tokens: int = setting(1024, "most tokens of one plan (chunked prefill)", low=1, high=1 << 20)
+    microbatch_tokens_min: int = setting(64, "pipelined: prompts are not cut finer to fill stages", low=1, high=1 << 20)
     step_seconds_max: float = setting(0.2, "a plan's length by the measured rate, seconds; 0: no bound", low=0)
     max_running_requests: int = setting(256, "requests that are computed at once, by each replica", low=1, high=65536)
     max_waiting_requests: int = setting(

@@ -1,8 +1,7 @@
-"""The hash device: executes plans over a pool of integers. Fast (at launch) or slow (just before it resolves)."""
+"""The hash device: executes plans over a pool of integers, in a pipeline of stages, under a virtual clock."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from random import Random
 
@@ -13,7 +12,12 @@ from tests.sim import oracle
 
 
 class HashDevice:
-    """Obeys the Device contract under a virtual clock: plans run in order, one at a time."""
+    """Obeys the Device contract: a stage computes one plan at a time, in the order of launches, and passes it on.
+
+    What a plan reads and writes, it reads and writes at one instant. With one stage that is drawn for each plan: when
+    it starts, or just before it resolves. With more it is the same border of stages for all plans of this device, so
+    that a plan sees what the one before it wrote, though both are in flight.
+    """
 
     def __init__(
         self,
@@ -23,16 +27,21 @@ class HashDevice:
         later: Callable[[float, Callable[[], None]], None],
         deliver: Callable[[PlanResolved], None],
         seconds_per_token: float,
+        stages: int = 1,
+        jitter: float = 0.5,
     ) -> None:
         self._random = random
         self._scheduler = scheduler
         self._pool = pool
         self._later = later
         self._deliver = deliver
-        self._seconds = seconds_per_token
+        self._seconds = seconds_per_token / stages
+        self._jitter = jitter
         self._last: dict[int, int] = {}  # by slot: the device-resident last token
-        self._queue: deque[Plan] = deque()
-        self._busy = False
+        self._free_at = [0.0] * stages  # when each stage has computed what was launched
+        self.busy_seconds = [0.0] * stages
+        self._border = random.randint(0, stages) if stages > 1 else None
+        self.now = 0.0  # kept by whoever owns the clock
         self.unresolved = 0
         self.in_flight: dict[int, set[int]] = {}  # by plan: the pages that it may touch until it has resolved
         self.alive = True
@@ -40,29 +49,29 @@ class HashDevice:
     def launch(self, plan: Plan) -> None:
         self.unresolved += 1
         self.in_flight[plan.plan_id] = {page for row in plan.rows for page in row.pages}
-        self._queue.append(plan)
-        if not self._busy:
-            self._start()
+        cost = self._seconds * (1 + plan.num_tokens)
+        borders = [max(self.now, self._free_at[0])]
+        for stage in range(len(self._free_at)):
+            seconds = cost * self._random.uniform(1.0 - self._jitter, 1.0 + self._jitter)
+            self._free_at[stage] = max(borders[-1], self._free_at[stage]) + seconds
+            self.busy_seconds[stage] += seconds
+            borders.append(self._free_at[stage])
+        results: list[RowResult] = []
+        longest = cost * (1.0 + self._jitter)
 
-    def _start(self) -> None:
-        plan = self._queue.popleft()
-        self._busy = True
-        fast = self._random.random() < 0.5
-        rows = [self._execute(row) for row in plan.rows] if fast else []
-        seconds = self._seconds * (1 + plan.num_tokens) * self._random.uniform(0.5, 1.5)
+        def execute() -> None:
+            if self.alive:
+                results.extend(self._execute(row) for row in plan.rows)
 
         def finish() -> None:
-            if not self.alive:
-                return
-            results = rows if fast else [self._execute(row) for row in plan.rows]
-            self._busy = False
-            if self._queue:
-                self._start()
-            self.unresolved -= 1
-            del self.in_flight[plan.plan_id]
-            self._deliver(PlanResolved(plan.plan_id, tuple(results), seconds))
+            if self.alive:
+                self.unresolved -= 1
+                del self.in_flight[plan.plan_id]
+                self._deliver(PlanResolved(plan.plan_id, tuple(results), longest))
 
-        self._later(seconds, finish)
+        border = self._border if self._border is not None else self._random.randint(0, 1)
+        self._later(borders[border] - self.now, execute)
+        self._later(borders[-1] - self.now, finish)
 
     def _execute(self, row: Row) -> RowResult:
         size = len(self._pool[0])

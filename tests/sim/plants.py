@@ -141,8 +141,8 @@ def slots_not_zeroed(patch: Patch) -> None:
     """Unused slots of the last page are zero."""
     original = Planner._extend_row
 
-    def extend_row(self: Planner, request: Any, left: int) -> Row:
-        return replace(original(self, request, left), zero_tail=False)
+    def extend_row(self: Planner, request: Any, left: int, room: float) -> Row:
+        return replace(original(self, request, left, room), zero_tail=False)
 
     patch.setattr(Planner, "_extend_row", extend_row)
 

@@ -30,12 +30,13 @@ class SimWorker:
         self.instance_id = world.random.randbytes(8)
         self.name = f"{role}-{self.instance_id.hex()[:4]}"
         self.alive = True
-        loop = loop_of(role, loop_name)
+        loop = loop_of(role, loop_name, options.prefill_stages if role == "prefill" else options.decode_stages)
         num_pages = options.prefill_pages if role == "prefill" else options.decode_pages
         sharding = options.prefill_sharding if role == "prefill" else options.decode_sharding
         settings = SchedulerSettings(
             role=role,
             chain=loop.chain,
+            stages=loop.stages,
             num_pages=num_pages,
             page_tokens=options.page_tokens,
             max_context_tokens=options.max_context,
@@ -54,7 +55,9 @@ class SimWorker:
         self.scheduler = Scheduler(settings, lambda: world.random.randbytes(16))
         self.pool = [[world.random.getrandbits(60) for _ in range(options.page_tokens)] for _ in range(num_pages)]
         seconds = options.prefill_seconds_per_token if role == "prefill" else options.decode_seconds_per_token
-        self.device = HashDevice(world.random, self.scheduler, self.pool, world.later, self.event, seconds)
+        self.device = HashDevice(
+            world.random, self.scheduler, self.pool, world.later, self.event, seconds, loop.stages, options.jitter
+        )
         self.transfer = SimTransfer(
             world.random,
             self.pool,
@@ -84,7 +87,7 @@ class SimWorker:
         if not self.alive:
             return
         self.world.log(f"{self.name} <- {event}")
-        now = self.world.now
+        now = self.device.now = self.world.now
         check = self.watch.expects(event)
         self.scheduler.handle(event, now)
         if check is not None:

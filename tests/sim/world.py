@@ -43,6 +43,8 @@ class Options:
 
     prefill_loop: Pacing = "overlap"
     decode_loop: Pacing = "overlap"
+    prefill_stages: int = 1  # of pipelined loops
+    decode_stages: int = 1
     num_prefill: int = 2
     num_decode: int = 2
     unified: bool = False
@@ -65,12 +67,17 @@ class Options:
     max_context: int = 96
     prefill_seconds_per_token: float = 0.001
     decode_seconds_per_token: float = 0.001
+    jitter: float = 0.5  # how far a plan's time may be from its cost
+    microbatch_tokens_min: int = 1
     handoff: HandoffConfig = field(default_factory=lambda: HandoffConfig(lease_seconds=0.5, fence_seconds=0.5))
 
     @property
     def scheduler(self) -> SchedulerConfig:
         return SchedulerConfig(
-            budget_tokens=self.budget_tokens, step_seconds_max=0.0, max_running_requests=self.max_running
+            budget_tokens=self.budget_tokens,
+            microbatch_tokens_min=self.microbatch_tokens_min,
+            step_seconds_max=0.0,
+            max_running_requests=self.max_running,
         )
 
 

@@ -1,7 +1,8 @@
 """Decides what the device computes next, and accounts what it computed.
 
 There is no prefill phase and no decode phase: each request has tokens known and tokens computed, and rows close the
-gap. Decode rows come first, then the rest of prompts in progress, then prompts that get their pages now.
+gap. Decode rows come first, then the rest of prompts in progress, then prompts that get their pages now. With several
+stages each plan takes its share of them only (`core/microbatches.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 from tandem.core.ledger import Ledger
 from tandem.core.messages.plans import Plan, PlanResolved, Row, RowResult, Sample
 from tandem.core.messages.sampling import TokenLogprob
+from tandem.core.microbatches import PROMPT_ROUNDS, UNDIVIDED, Microbatches, Share, row_cost, tokens_within
 from tandem.core.policy import PlanBudget
 from tandem.core.request import Request
 from tandem.core.roles import ROLES
@@ -49,6 +51,7 @@ class Planner:
         self._settings = settings
         self._traits = ROLES[settings.role]
         self._budget = PlanBudget(settings.scheduler.budget_tokens, settings.scheduler.step_seconds_max)
+        self._microbatches = Microbatches(settings.stages, settings.scheduler.microbatch_tokens_min)
         self._in_flight: deque[tuple[Plan, tuple[Request, ...]]] = deque()
         self._retracted = False
 
@@ -80,38 +83,73 @@ class Planner:
         pool.note_launch(plan.plan_id)
         self._ledger.tallies.device.launched(self._ledger.now)
         self._in_flight.append((plan, owners))
+        if self._microbatches.divides:
+            self._microbatches.launched(rows, sum(owner.state is State.DECODING for owner in owners))
         for row, request in zip(rows, owners, strict=True):
             request.num_launched = row.start + row.num_tokens
+            request.last_plan = plan.plan_id
             request.rows_in_flight += 1
             request.samples_in_flight += row.sample is not None
         return plan
 
     def _rows(self, now: float) -> list[tuple[Row, Request]]:
         rows: list[tuple[Row, Request]] = []
-        decoding = [request for request in self._ledger.running if request.state is State.DECODING]
-        # Known tokens first: a speculative row must not take the page that somebody's known token needs.
-        for request in sorted(decoding, key=lambda request: len(request.tokens) <= request.num_launched):
+        decoding = self._decoding()
+        share, taken = self._share(decoding), 0.0
+        for request in decoding:
             if request.state is State.DECODING and not request.retracting:
+                cost = row_cost(request.num_launched, 1)
+                if not share.takes(taken, cost):
+                    continue
                 row = self._decode_row(request, now)
                 if row is not None:
+                    taken += cost
                     rows.append((row, request))
-        left = max(1, self._budget.tokens() - len(rows))
+        left, room = max(1, self._budget.tokens() - len(rows)), share.prompt_room(taken)
         for request in self._ledger.running:
-            if left <= 0:
+            if left <= 0 or room <= 0.0:
                 return rows
             if request.state is State.EXTENDING and len(request.tokens) > request.num_launched:
-                row = self._extend_row(request, left)
-                left -= row.num_tokens
+                row = self._extend_row(request, left, room)
+                left, room = left - row.num_tokens, room - row_cost(row.start, row.num_tokens)
                 rows.append((row, request))
-        while left > 0 and (started := self._admit(now)) is not None:
-            row = self._extend_row(started, left)
-            left -= row.num_tokens
+        while left > 0 and room > 0.0 and (started := self._admit(now)) is not None:
+            row = self._extend_row(started, left, room)
+            left, room = left - row.num_tokens, room - row_cost(row.start, row.num_tokens)
             rows.append((row, started))
         return rows
 
-    def _extend_row(self, request: Request, left: int) -> Row:
+    def _decoding(self) -> list[Request]:
+        """Return the decoding requests in the order of their rows, known tokens first.
+
+        A speculative row must not take the page that somebody's known token needs. Where a plan takes a share only, who
+        was in a plan last waits for those that were left out.
+        """
+        decoding = [request for request in self._ledger.running if request.state is State.DECODING]
+        if self._microbatches.divides:
+            return sorted(decoding, key=lambda request: request.last_plan)  # no row is speculative there
+        return sorted(decoding, key=lambda request: len(request.tokens) <= request.num_launched)
+
+    def _share(self, decoding: Sequence[Request]) -> Share:
+        if not self._microbatches.divides:
+            return UNDIVIDED
+        ledger, most = self._ledger, self._settings.stages * PROMPT_ROUNDS * self._budget.tokens()
+        ready = [
+            row_cost(request.num_launched, 1)
+            for request in decoding
+            if len(request.tokens) > request.num_launched and not request.retracting
+        ]
+        prompts = 0.0
+        for request in (*ledger.running, *(ledger.waiting if ledger.has_slot else ())):
+            if prompts >= most:
+                break
+            if request.state is not State.DECODING:
+                prompts += row_cost(request.num_launched, len(request.tokens) - request.num_launched)
+        return self._microbatches.share(ready, min(prompts, most))
+
+    def _extend_row(self, request: Request, left: int, room: float) -> Row:
         start = request.num_launched
-        count = min(left, len(request.tokens) - start)
+        count = int(min(left, len(request.tokens) - start, tokens_within(room, start)))
         end = start + count
         is_last = end == len(request.tokens)
         logprobs = request.sampling.prompt_logprobs if request.wants_prompt_logprobs else None
@@ -254,6 +292,8 @@ class Planner:
         assert plan.plan_id == event.plan_id, f"plan {event.plan_id} resolved, {plan.plan_id} expected"
         ledger = self._ledger
         ledger.kv.pool.note_resolved(plan.plan_id)
+        if self._microbatches.divides:
+            self._microbatches.resolved()
         ledger.counters.steps += 1
         ledger.counters.device_seconds += event.device_seconds
         num_tokens, num_rows = plan.num_tokens, len(plan.rows)

@@ -59,6 +59,7 @@ class Request:
     num_launched: int = 0
     num_computed: int = 0
     slot: int = -1
+    last_plan: int = 0  # id of the last plan with a row of it
     rows_in_flight: int = 0
     samples_in_flight: int = 0
     retracting: bool = False

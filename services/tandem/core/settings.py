@@ -14,6 +14,7 @@ class SchedulerSettings:
 
     role: Role
     chain: int = 1
+    stages: int = 1  # of the device; with more than one, a plan takes its share only
     num_pages: int
     page_tokens: int
     max_context_tokens: int

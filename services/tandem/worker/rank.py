@@ -131,6 +131,7 @@ def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings
     return SchedulerSettings(
         role=start.role,
         chain=loop.chain,
+        stages=loop.stages,
         num_pages=engine.layout.num_pages,
         page_tokens=engine.layout.page_tokens,
         max_context_tokens=engine.spec.max_context_tokens,
