@@ -58,7 +58,7 @@ class ParallelConfig:
         "auto", "what moves tensors between ranks; auto: NCCL where each has a GPU of its own, else gloo"
     )
     start_seconds: float = setting(600.0, "how long ranks wait for each other while they start", low=1.0)
-    collective_seconds: float = setting(30.0, "a rank that is stuck for this long ends the worker", low=0.5)
+    collective_seconds: float = setting(60.0, "a rank that is stuck for this long ends the worker", low=0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from tandem.config_load import Program, load, to_toml
 from tandem.errors import ConfigError
 
 PARENT_VARIABLE = "TANDEM_PARENT_PID"  # set by `tandem up`: end when that process does
-PLANNED_SIZES = ("tensor_size", "pipeline_size", "expert_size")  # those that no worker starts yet
+PLANNED_SIZES = ("expert_size",)  # those that no worker starts yet
 _logger = logging.getLogger(__name__)
 
 

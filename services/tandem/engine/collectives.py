@@ -27,7 +27,6 @@ class Meeting:
     own_host: str
     start_seconds: float
     collective_seconds: float
-    nccl: bool = False
 
 
 class TensorRanks:
@@ -118,13 +117,16 @@ class RankLinks:
     stages: Stages | None = None
 
 
-def connect(place: RankPlace, meeting: Meeting, vocabulary: int, *, on_gpu: bool) -> RankLinks:
-    """Tie this rank to the others; returns when all have come. Raises CollectiveFailed."""
+def connect(place: RankPlace, meeting: Meeting, vocabulary: int, *, on_gpu: bool, nccl: bool) -> RankLinks:
+    """Tie this rank to the others; returns when all have come. Raises CollectiveFailed.
+
+    `nccl`: what ranks compute travels by NCCL, not by way of the host.
+    """
     store = find_store(meeting.host, meeting.port, meeting.start_seconds)
 
     def compute_wire(name: str, rank: int, size: int) -> Wire:
         seconds = meeting.collective_seconds
-        if on_gpu and meeting.nccl:
+        if nccl:
             return Wire(nccl_group(store, name, rank, size, seconds), name, staged=False)
         return Wire(gloo_group(store, name, rank, size, meeting.own_host, seconds), name, staged=on_gpu)
 

@@ -26,7 +26,7 @@ from tandem.engine.ops.choice import choose_operators
 from tandem.engine.ops.contract import Operators
 from tandem.engine.place import RankPlace
 from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout
-from tandem.engine.rank_device import rank_device, rank_threads, ranks_here
+from tandem.engine.rank_device import rank_device, rank_threads, ranks_here, uses_nccl
 from tandem.engine.runner import PlanRunner
 from tandem.engine.sampler import sampling_bytes
 from tandem.engine.weights import CheckpointFiles, Weights
@@ -84,7 +84,8 @@ def start_engine(
         links = RankLinks()
         if meeting is not None:
             progress("meeting the other ranks")
-            links = connect(place, meeting, spec.vocab_size, on_gpu=device.type == "cuda")
+            nccl = uses_nccl(config.parallel, device)
+            links = connect(place, meeting, spec.vocab_size, on_gpu=device.type == "cuda", nccl=nccl)
         with CheckpointFiles(checkpoint.folder, spec) as files:
             loaded = _load(config, checkpoint, part, files, device, progress)
             operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)

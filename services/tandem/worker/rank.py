@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import secrets
 import select
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tandem.config import ModelConfig
@@ -24,11 +25,13 @@ from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.demo import MODEL_NAME
 from tandem.engine.device import Device
-from tandem.engine.start import Engine, start_engine
+from tandem.engine.start import Engine
 from tandem.errors import ConfigError, TandemError
 from tandem.ipc import Channel, ChannelClosed
 from tandem.transfer.choice import check_transport
 from tandem.worker.chores import Chores
+from tandem.worker.follower_process import Follower
+from tandem.worker.leader import Ranks, start_ranks
 from tandem.worker.loop import run
 from tandem.worker.messages import StartRank
 from tandem.worker.ports import RankPorts
@@ -40,10 +43,13 @@ _WARM_UP_PLAN_ID = -1  # before every plan of the scheduler
 _logger = logging.getLogger(__name__)
 
 
-def serve(start: StartRank, frontend: Channel) -> int:
-    """Run a rank to its end and return the process's exit code; faults go to the frontend as RankFailed."""
+def serve(start: StartRank, frontend: Channel, followers: Sequence[Follower] = ()) -> int:
+    """Run a rank to its end and return the process's exit code; faults go to the frontend as RankFailed.
+
+    `followers` are the worker's other ranks, whose processes start meanwhile.
+    """
     try:
-        _serve(start, frontend)
+        _serve(start, frontend, followers)
     except ChannelClosed:
         return 0  # the frontend is gone: nobody is left to tell
     except ConfigError as error:
@@ -56,24 +62,24 @@ def serve(start: StartRank, frontend: Channel) -> int:
     return 0
 
 
-def _serve(start: StartRank, frontend: Channel) -> None:
+def _serve(start: StartRank, frontend: Channel, followers: Sequence[Follower]) -> None:
     began = time.monotonic()
     progress = _progress_to(frontend)
     if start.role != "unified":
         check_transport(start.config.transfer)
-    engine = start_engine(start.config, progress)
-    transfer = Transfer()
+    ranks = start_ranks(start.role, start.config, start.worker_host, followers, progress)
+    engine, transfer = ranks.engine, Transfer()
     try:
         _warm_up(engine, progress)
         if start.role != "unified":
             progress("starting the transfer process")
-            transfer = start_transfer(start, engine)
+            transfer = start_transfer(start, engine, ranks.links)
         loop = select_loop(start.role, start.config.scheduler.loop, start.config.parallel.pipeline_size).loop
         scheduler = Scheduler(_settings(start, engine, loop), lambda: secrets.token_bytes(TOKEN_BYTES))
         if transfer.ready is not None:
             scheduler.handle(transfer.ready, time.monotonic())
         ports = RankPorts(frontend, engine.device, transfer.group, time.monotonic)
-        ports.send(_ready(start, engine, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
+        ports.send(_ready(start, ranks, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
         run(scheduler, engine.device, ports, time.monotonic, loop.depth, Chores(ports.send, time.monotonic))
         ports.finish(FINISH_SECONDS)
     finally:
@@ -83,9 +89,12 @@ def _serve(start: StartRank, frontend: Channel) -> None:
 
 
 def _progress_to(frontend: Channel) -> Callable[[str], None]:
+    lock = threading.Lock()  # an engine that waits for other ranks starts in a thread of its own
+
     def progress(message: str) -> None:
-        frontend.send(StartupProgress(message))
-        frontend.flush()
+        with lock:
+            frontend.send(StartupProgress(message))
+            frontend.flush()
 
     return progress
 
@@ -121,10 +130,11 @@ def _warm_up(engine: Engine, progress: Callable[[str], None]) -> None:
 
 def _resolve(device: Device, plan: Plan) -> None:
     device.launch(plan)
-    readable, _, _ = select.select([device], [], [], WARM_UP_SECONDS)
-    if not readable:
-        raise TandemError(f"the device did not finish a small plan within {WARM_UP_SECONDS:g} s")
-    device.resolved()
+    deadline = time.monotonic() + WARM_UP_SECONDS
+    while not device.resolved():
+        readable, _, _ = select.select([device], [], [], max(0.0, deadline - time.monotonic()))
+        if not readable:
+            raise TandemError(f"the device did not finish a small plan within {WARM_UP_SECONDS:g} s")
 
 
 def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings:
@@ -151,12 +161,13 @@ def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings
 
 def _ready(
     start: StartRank,
-    engine: Engine,
+    ranks: Ranks,
     loop: Loop,
     settings: SchedulerSettings,
     transfer: TransferReady | None,
     seconds: float,
 ) -> RankReady:
+    engine = ranks.engine
     return RankReady(
         role=start.role,
         loop=loop.name,
@@ -167,14 +178,14 @@ def _ready(
         max_running_requests=start.config.scheduler.max_running_requests,
         page_tokens=settings.page_tokens,
         num_pages=settings.num_pages,
-        page_bytes=engine.layout.page_bytes,
+        page_bytes=ranks.page_bytes,
         vocab_size=settings.vocab_size,
         eos_token_ids=settings.eos_token_ids,
         fingerprint=engine.fingerprint,
         numerics=engine.numerics,
         dtype=engine.layout.dtype,
         operators=engine.operators,
-        weight_bytes=engine.weight_bytes,
+        weight_bytes=ranks.weight_bytes,
         endpoints=transfer.endpoints if transfer is not None and start.role == "prefill" else (),
         imports=transfer.imports if transfer is not None and start.role == "decode" else (),
         transport_notes=transfer.notes if transfer is not None else (),

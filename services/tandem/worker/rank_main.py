@@ -13,6 +13,7 @@ import sys
 
 from tandem.ipc import Channel, ChannelClosed
 from tandem.telemetry import logging
+from tandem.worker.follower_process import Follower
 from tandem.worker.messages import TO_FRONTEND, TO_RANK, StartRank
 from tandem.worker.parent_death import die_with
 
@@ -33,9 +34,11 @@ def main() -> int:
     server = start.config.server
     replica = "" if start.replica is None else f"/replica{start.replica}"
     logging.set_up(server.log_level, server.log_format, program=f"{start.role}{replica}/rank0")
+    parallel = start.config.parallel
+    followers = [Follower.spawn(rank) for rank in range(1, parallel.tensor_size * parallel.pipeline_size)]
     from tandem.worker.rank import serve  # imports torch: after the signals and the parent are settled
 
-    return serve(start, channel)
+    return serve(start, channel, followers)
 
 
 def _first(channel: Channel) -> StartRank:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tandem.config import Config
 from tandem.core.messages.handoff import Sharding
 from tandem.core.messages.transfer import TransferReady
 from tandem.engine.start import Engine
@@ -27,13 +28,12 @@ class Transfer:
     ready: TransferReady | None = None
 
 
-def own_link(start: StartRank, engine: Engine) -> TransferLink:
+def own_link(config: Config, worker_host: str, engine: Engine) -> TransferLink:
     """Return the link to this rank's own transfer process; the first `advance` starts it."""
 
     def spawn() -> TransferProcess:
-        config = start.config
         return TransferProcess.spawn(
-            config.transfer, config.handoff, engine.memory, engine.layout, start.worker_host, config.tls
+            config.transfer, config.handoff, engine.memory, engine.layout, worker_host, config.tls
         )
 
     return TransferLink(spawn, time.monotonic, engine.device.adopt)
@@ -47,7 +47,7 @@ def start_transfer(start: StartRank, engine: Engine, others: Sequence[RankLink] 
     parallel = start.config.parallel
     model = replace(engine.layout, num_layers=engine.spec.num_layers, num_kv_heads=engine.spec.num_kv_heads)
     sharding = Sharding(parallel.tensor_size, parallel.pipeline_size)
-    group = TransferGroup([own_link(start, engine), *others], model, sharding)
+    group = TransferGroup([own_link(start.config, start.worker_host, engine), *others], model, sharding)
     try:
         ready = _await_ready(group)
         if not (ready.endpoints if start.role == "prefill" else ready.imports):
