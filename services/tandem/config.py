@@ -57,6 +57,14 @@ class ParallelConfig:
     backend: Literal["auto", "gloo", "nccl"] = setting(
         "auto", "what moves tensors between ranks; auto: NCCL where each has a GPU of its own, else gloo"
     )
+    remote_ranks: int = setting(0, "the last so many ranks are started elsewhere, each with its parallel.rank", low=0)
+    rank: int = setting(0, "which rank this is; above 0: a follower, which dials parallel.rendezvous", low=0)
+    rendezvous: str = setting("", "host:port where rank 0 listens for ranks that are started elsewhere")
+    host: str = setting("", "address that other ranks reach the ranks here at; empty: this end of the rendezvous")
+    token_file: str = setting("", "file with the secret that the ranks of one worker share, 16 bytes at least")
+    trusted_network: bool = setting(
+        False, "everybody who can reach the ranks is trusted: needed for ranks elsewhere, whose tensors travel bare"
+    )
     start_seconds: float = setting(600.0, "how long ranks wait for each other while they start", low=1.0)
     collective_seconds: float = setting(60.0, "a rank that is stuck for this long ends the worker", low=0.5)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from tandem.config import Config, TlsConfig
+from tandem.config import Config, ParallelConfig, TlsConfig
 from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, suggestion
 from tandem.errors import ConfigError
 
@@ -243,12 +243,36 @@ def _check_discovery(config: Config) -> list[str]:
 
 def _check_parallel(config: Config) -> list[str]:
     stages = config.parallel.pipeline_size
+    faults = _check_remote_ranks(config.parallel)
     if config.scheduler.loop == "overlap" and stages > 1:
-        return [
+        faults += [
             f"scheduler.loop: overlap cannot run with parallel.pipeline_size {stages}: a stage has no last token to go"
             " on from until the plan before has left the last stage; leave it at auto, which is pipelined then"
         ]
-    return []
+    return faults
+
+
+def _check_remote_ranks(parallel: ParallelConfig) -> list[str]:
+    """Ranks on several hosts find each other by an address and a secret."""
+    if not parallel.remote_ranks and not parallel.rank:
+        return []
+    faults = []
+    num_ranks = parallel.tensor_size * parallel.pipeline_size
+    if parallel.rank and parallel.remote_ranks:
+        faults.append("parallel.rank, parallel.remote_ranks: the latter is for rank 0 to know")
+    if not parallel.rank and parallel.remote_ranks >= num_ranks:
+        faults.append(f"parallel.remote_ranks: {parallel.remote_ranks} of {num_ranks} ranks; rank 0 is always here")
+    if parallel.data_size > 1:
+        faults.append("parallel.data_size: 1 replica only, where ranks are started elsewhere")
+    if not _is_address(parallel.rendezvous):
+        faults.append(f"parallel.rendezvous: {parallel.rendezvous!r} is not host:port")
+    elif parallel.rendezvous.rpartition(":")[0] in _WILDCARDS and not parallel.host:
+        faults.append(f"parallel.host: say where other ranks reach this host; rendezvous is {parallel.rendezvous}")
+    if not parallel.token_file:
+        faults.append("parallel.token_file: ranks that are started elsewhere prove themselves by a shared secret")
+    if not parallel.trusted_network:
+        faults.append("parallel.trusted_network: tensors travel bare to ranks elsewhere; say that nobody else is there")
+    return faults
 
 
 def _check_tls(tls: TlsConfig) -> list[str]:

@@ -64,6 +64,10 @@ def _serve(program: Program, config: Config) -> int:
             _print_ready({"program": "gateway", "address": address, "metrics_port": metrics_port})
 
         return uvloop.run(serve_gateway(config, gateway_ready))
+    if config.parallel.rank:
+        from tandem.worker.remote_follower import follow
+
+        return follow(program, config, lambda ready: _print_ready({"program": program, **dataclasses.asdict(ready)}))
     from tandem.worker.main import WorkerReady, serve
 
     def ready(worker: WorkerReady) -> None:

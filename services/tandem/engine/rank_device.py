@@ -40,7 +40,7 @@ def rank_threads(config: Config) -> int:
 
 def ranks_here(config: ParallelConfig) -> int:
     """How many ranks of a replica share this host's CPUs and memory."""
-    return config.tensor_size * config.pipeline_size
+    return config.tensor_size * config.pipeline_size - config.remote_ranks
 
 
 def _named_device(name: str, rank: int) -> torch.device:

@@ -10,6 +10,7 @@ import logging
 import mmap
 import select
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ FINISH_SECONDS = 1.0  # for rank 0 to take the last message
 _logger = logging.getLogger(__name__)
 
 
-def serve(start: StartFollower, leader: Channel) -> int:
+def serve(start: StartFollower, leader: Channel, on_ready: Callable[[FollowerReady], None] = lambda ready: None) -> int:
     """Run a follower to its end and return the process's exit code; faults go to rank 0 as FollowerFailed."""
     try:
-        _serve(start, leader)
+        _serve(start, leader, on_ready)
     except ChannelClosed:
         return 0  # rank 0 is gone: nobody is left to tell
     except CollectiveFailed as error:
@@ -68,7 +69,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def _serve(start: StartFollower, leader: Channel) -> None:
+def _serve(start: StartFollower, leader: Channel, on_ready: Callable[[FollowerReady], None]) -> None:
     def progress(message: str) -> None:
         leader.send(StartupProgress(message))
         leader.flush()
@@ -82,7 +83,9 @@ def _serve(start: StartFollower, leader: Channel) -> None:
     try:
         if start.role != "unified":
             link = own_link(start.config, start.worker_host, engine)
-        leader.send(ready_of(engine, place))
+        ready = ready_of(engine, place)
+        leader.send(ready)
+        on_ready(ready)
         _Follower(leader, engine, link).run()
     finally:
         if link is not None:

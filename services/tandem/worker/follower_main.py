@@ -29,7 +29,7 @@ def main() -> int:
 def follow(leader: Channel) -> int:
     """Be the rank that the first message on the channel names; returns the exit code."""
     try:
-        start = _first(leader)
+        start = first_message(leader)
     except ChannelClosed:
         return 0
     server = start.config.server
@@ -39,7 +39,8 @@ def follow(leader: Channel) -> int:
     return serve(start, leader)
 
 
-def _first(leader: Channel) -> StartFollower:
+def first_message(leader: Channel) -> StartFollower:
+    """Wait for what rank 0 says first."""
     while True:
         select.select([leader], [], [])
         for message in leader.receive():

@@ -7,17 +7,19 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tandem.config import Config, Role
+from tandem.config import Config, ParallelConfig, Role
 from tandem.core.messages.handoff import Sharding
 from tandem.core.messages.transfer import TransferOutcome
 from tandem.engine.place import RankPlace
 from tandem.engine.start import Engine, start_engine
 from tandem.engine.wire import listen_store
+from tandem.ipc import Channel
 from tandem.worker.follower import meeting_of, ready_of
-from tandem.worker.follower_messages import FollowerReady, StartFollower
+from tandem.worker.follower_messages import FROM_FOLLOWER, TO_FOLLOWER, FollowerReady, StartFollower
 from tandem.worker.follower_process import Follower
 from tandem.worker.followers import Followers
 from tandem.worker.ranked_device import RankedDevice
+from tandem.worker.rendezvous import accept, listen, rank_key, split_address
 
 LOCAL_HOST = "127.0.0.1"
 
@@ -80,18 +82,19 @@ def start_ranks(
     if place.num_ranks == 1:
         engine = start_engine(config, progress)
         return Ranks(engine, engine.weight_bytes)
-    followers = Followers(others, progress)
+    followers = Followers((*others, *_from_elsewhere(config, place.num_ranks, progress)), progress)
     try:
-        with socket.create_server((LOCAL_HOST, 0)) as listener:
+        host = _own_host(parallel)
+        with socket.create_server((host, 0)) as listener:
             port = listener.getsockname()[1]
-            followers.keep(listen_store(os.dup(listener.fileno()), LOCAL_HOST, port, parallel.start_seconds))
+            followers.keep(listen_store(os.dup(listener.fileno()), host, port, parallel.start_seconds))
         first = StartFollower(
             role=role,
             config=config,
             rank=0,
-            meeting_host=LOCAL_HOST,
+            meeting_host=host,
             meeting_port=port,
-            own_host=LOCAL_HOST,
+            own_host=host,
             worker_host=worker_host,
         )
         followers.start(
@@ -107,6 +110,29 @@ def start_ranks(
     device = RankedDevice(engine.device, followers, place.drawing_rank, parallel.collective_seconds)
     links = tuple(FollowerLink(followers, follower.rank) for follower in followers)
     return Ranks(replace(engine, device=device), sum(own.weight_bytes for own in ready.values()), links)
+
+
+def _own_host(parallel: ParallelConfig) -> str:
+    """Where other ranks reach those of this host."""
+    if not parallel.remote_ranks:
+        return LOCAL_HOST
+    return parallel.host or split_address(parallel.rendezvous)[0]
+
+
+def _from_elsewhere(config: Config, num_ranks: int, progress: Callable[[str], None]) -> list[Follower]:
+    """Wait for the ranks that others start. Raises ConfigError or Unavailable."""
+    parallel = config.parallel
+    ranks = range(num_ranks - parallel.remote_ranks, num_ranks)
+    if not ranks:
+        return []
+    key = rank_key(parallel)
+    with listen(parallel.rendezvous) as listener:
+        progress(f"waiting at {parallel.rendezvous} for ranks {ranks.start} to {ranks.stop - 1}")
+        found = accept(listener, ranks, key, parallel.start_seconds)
+    return [
+        Follower(rank, Channel(connection, TO_FOLLOWER, FROM_FOLLOWER), where)
+        for rank, (connection, where) in sorted(found.items())
+    ]
 
 
 def _config_of(config: Config, rank: int) -> Config:

@@ -35,7 +35,8 @@ def main() -> int:
     replica = "" if start.replica is None else f"/replica{start.replica}"
     logging.set_up(server.log_level, server.log_format, program=f"{start.role}{replica}/rank0")
     parallel = start.config.parallel
-    followers = [Follower.spawn(rank) for rank in range(1, parallel.tensor_size * parallel.pipeline_size)]
+    num_here = parallel.tensor_size * parallel.pipeline_size - parallel.remote_ranks
+    followers = [Follower.spawn(rank) for rank in range(1, num_here)]
     from tandem.worker.rank import serve  # imports torch: after the signals and the parent are settled
 
     return serve(start, channel, followers)
