@@ -8,7 +8,16 @@ import random
 import pytest
 
 from tandem.core.messages.handoff import Sharding
-from tandem.core.sharding import KvPart, num_ranks, pieces, rank_part, rank_parts, sharding_fault, stage_layers
+from tandem.core.sharding import (
+    KvPart,
+    num_ranks,
+    pair_fault,
+    pieces,
+    rank_part,
+    rank_parts,
+    sharding_fault,
+    stage_layers,
+)
 
 MODELS = [(4, 4), (3, 2), (7, 8), (32, 8), (80, 8), (61, 12)]
 Cell = tuple[int, int]
@@ -104,3 +113,19 @@ def test_a_part_in_the_numbers_of_its_rank() -> None:
 def test_what_does_not_fit_is_named(sharding: Sharding, words: str) -> None:
     assert sharding_fault(4, 8, sharding) == words
     assert not sharding_fault(4, 8, Sharding(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "importer", "words"),
+    [
+        (Sharding(3, 1), Sharding(1, 1), "exporter: tensor size 3"),
+        (Sharding(1, 1), Sharding(1, 81), "importer: pipeline size 81"),
+        (Sharding(1, 1), Sharding(8, 40), "320 pieces a page are too many"),  # of one exporting rank
+        (Sharding(8, 80), Sharding(8, 1), ""),
+        (Sharding(16, 70), Sharding(16, 80), "pieces a page are too many"),
+        (Sharding(1, 1), Sharding(8, 32), ""),
+    ],
+)
+def test_a_pair_that_cannot_hand_over_is_named(exporter: Sharding, importer: Sharding, words: str) -> None:
+    fault = pair_fault(exporter, importer, 80, 16)
+    assert words in fault and bool(words) == bool(fault), fault

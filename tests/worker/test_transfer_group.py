@@ -20,6 +20,7 @@ from tandem.core.messages.transfer import (
     RankCommand,
     RankExport,
     RankPull,
+    Restart,
     Revoke,
     Revoked,
     TransferLost,
@@ -27,7 +28,7 @@ from tandem.core.messages.transfer import (
     TransferReady,
 )
 from tandem.core.sharding import pieces
-from tandem.worker.transfer_group import TransferGroup, Watched
+from tandem.worker.transfer_group import LEAVE_SECONDS, TransferGroup, Watched
 from tests.worker.group_rig import MODEL
 
 OWN = Sharding(2, 2)
@@ -119,7 +120,8 @@ class FakeLink:
 class Bench:
     def __init__(self, num_ready: int = NUM_RANKS) -> None:
         self.links = [FakeLink(rank) for rank in range(NUM_RANKS)]
-        self.group = TransferGroup(self.links, MODEL, OWN)
+        self.now = 0.0
+        self.group = TransferGroup(self.links, MODEL, OWN, lambda: self.now)
         for link in self.links[:num_ready]:
             link.start()
 
@@ -325,6 +327,28 @@ class RandomBench(Bench):
                 while link.commands:
                     link.answer()
             self.hear()
+
+
+def test_a_process_that_does_not_let_go_is_ended_too() -> None:
+    bench = Bench()
+    bench.group.receive()
+    bench.group.send(an_export())
+    bench.links[1].die()
+    assert bench.group.receive() == []
+    for link in bench.links:
+        while link.commands and link.rank != 2:
+            link.answer()
+    assert bench.group.receive() == []
+    assert bench.group.next_due() == 1.0, "rank 1 is started again before"
+    bench.links[1].start()
+    assert bench.group.next_due() == LEAVE_SECONDS
+    bench.now = LEAVE_SECONDS
+    assert bench.group.advance() == [] and Restart() in bench.links[2].commands
+    assert not any(Restart() in link.commands for link in bench.links if link.rank != 2)
+    bench.links[2].die()
+    assert [type(one) for one in bench.group.receive()] == [TransferLost]
+    bench.links[2].start()
+    assert [type(one) for one in bench.group.receive()] == [TransferReady]
 
 
 @pytest.mark.parametrize("block", range(4))

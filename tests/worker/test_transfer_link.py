@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tandem.core.messages.transfer import Adopt, Exported, Revoke, TransferLost, TransferReady
+from tandem.core.messages.transfer import Adopt, Exported, Restart, Revoke, TransferLost, TransferReady
 from tandem.ipc import Channel
 from tandem.transfer.channel import COMMANDS, OUTCOMES
 from tandem.worker.transfer_link import BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN, READY_SECONDS, TransferLink
@@ -101,6 +101,16 @@ def test_pages_that_are_here_are_told_to_the_device(bench: Bench) -> None:
     bench.link.flush()
     assert bench.adopted == [40, 60]
     assert child.voice.receive() == [], "the process has nothing to do with it"
+
+
+def test_it_is_ended_when_asked_to(bench: Bench) -> None:
+    child = bench.ready()
+    bench.link.send(Restart())
+    assert child.process.wait(5.0) == -signal.SIGKILL
+    child.voice.close()
+    assert [type(event) for event in bench.link.receive()] == [TransferLost]
+    bench.link.send(Restart())  # there is none
+    assert bench.link.next_due() is not None
 
 
 def test_a_death_is_told_once_after_the_last_words(bench: Bench) -> None:

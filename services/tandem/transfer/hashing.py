@@ -16,8 +16,8 @@ def hashes(pages: Pages) -> npt.NDArray[np.uint64]:
     """Return one checksum a page."""
     rows, slab, digest = pages.space.rows, pages.slab, xxhash.xxh3_64_intdigest
     if slab.num_runs == 1:
-        parts = (rows[number, slab.offset : slab.end].data for number in pages.numbers)
-        return np.fromiter((digest(part) for part in parts), dtype=np.uint64, count=len(pages.numbers))
+        parts = rows[:, slab.offset : slab.end]
+        return np.fromiter((digest(parts[number]) for number in pages.numbers), np.uint64, len(pages.numbers))
     # Gathered first: hashing run by run costs a Python call each, which is far more than the copy.
     gathered = np.empty((slab.num_runs, slab.run_bytes), dtype=np.uint8)
     found = np.empty(len(pages.numbers), dtype=np.uint64)

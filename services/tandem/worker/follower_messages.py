@@ -16,6 +16,7 @@ from tandem.core.messages.transfer import (
     PullEnded,
     RankExport,
     RankPull,
+    Restart,
     Revoke,
     Revoked,
     TransferLost,
@@ -66,7 +67,7 @@ class Beat:
     """A follower with unfinished plans says every second that its process runs."""
 
 
-TO_FOLLOWER = Schema((StartFollower, Plan, RankExport, Revoke, RankPull, CancelPull, Adopt))
+TO_FOLLOWER = Schema((StartFollower, Plan, RankExport, Revoke, RankPull, CancelPull, Adopt, Restart))
 FROM_FOLLOWER = Schema(
     (
         StartupProgress,

@@ -8,7 +8,8 @@ TransferLost said, so that it means the same as for a single process.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tandem.core.messages.handoff import Sharding
@@ -20,6 +21,7 @@ from tandem.core.messages.transfer import (
     Pull,
     PullEnded,
     RankCommand,
+    Restart,
     Revoke,
     Revoked,
     TransferCommand,
@@ -30,6 +32,8 @@ from tandem.core.messages.transfer import (
 )
 from tandem.transfer.layout import KvLayout
 from tandem.worker.transfer_cut import PullMerge, TransferCut
+
+LEAVE_SECONDS = 5.0  # for a process to let go of everything once another one is gone; then it is ended, too
 
 
 class Watched(Protocol):
@@ -75,8 +79,15 @@ class RankLink(Protocol):
 class TransferGroup:
     """Cuts commands, merges outcomes. `model` is the layout that a single rank would have."""
 
-    def __init__(self, links: Sequence[RankLink], model: KvLayout, sharding: Sharding) -> None:
+    def __init__(
+        self,
+        links: Sequence[RankLink],
+        model: KvLayout,
+        sharding: Sharding,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._links = links
+        self._clock = clock
         self._cut = TransferCut(model, sharding)
         assert len(links) == len(self._cut.parts), "one link a rank"
         self._tickets = itertools.count(1)
@@ -89,6 +100,7 @@ class TransferGroup:
         self._owner: dict[int, PullMerge] = {}  # by a piece's ticket
         self._lost: TransferLost | None = None  # to be said once `_leaving` is empty
         self._leaving: set[tuple[int, bytes | int]] = set()  # (rank, hand-off or ticket) that others still hold
+        self._leave_due = 0.0
 
     @property
     def channels(self) -> list[Watched]:
@@ -97,10 +109,16 @@ class TransferGroup:
 
     def next_due(self) -> float | None:
         """When `advance` wants to be called."""
-        return min((due for link in self._links if (due := link.next_due()) is not None), default=None)
+        dues = [due for link in self._links if (due := link.next_due()) is not None]
+        return min(dues + ([self._leave_due] if self._leaving else []), default=None)
 
     def advance(self) -> list[TransferOutcome]:
         """Start what is due, give up what does not come."""
+        if self._leaving and self._clock() >= self._leave_due:
+            self._leave_due = self._clock() + LEAVE_SECONDS
+            for rank in {rank for rank, _ in self._leaving}:
+                self._links[rank].send(Restart())
+            self.flush()
         return [said for rank, link in enumerate(self._links) for said in self._hear(rank, link.advance())]
 
     def receive(self) -> list[TransferOutcome]:
@@ -240,6 +258,7 @@ class TransferGroup:
             self._leaving |= {(owner, key) for key, missing in self._revoking.items() for owner in missing}
             for ended in (self._exports, self._serving, self._revoking, self._pulls, self._owner):
                 ended.clear()
+            self._leave_due = self._clock() + LEAVE_SECONDS
             self.flush()
         self._leaving = {(owner, key) for owner, key in self._leaving if owner != rank}
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from tandem.core.messages.transfer import (
     Adopt,
     RankCommand,
+    Restart,
     TransferLost,
     TransferOutcome,
     TransferReady,
@@ -83,6 +84,9 @@ class TransferLink:
             self._adopt(command.pages)
             return
         if self._process is None:
+            return
+        if isinstance(command, Restart):
+            self._break("it is to be restarted")
             return
         try:
             self._process.channel.send(command)

@@ -138,6 +138,11 @@ class Adopt:
     pages: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """End the process's present life at once; TransferLost follows. For the rank itself: the process may be stuck."""
+
+
 # ---- transfer process -> rank -------------------------------------------------------------------------------------
 
 
@@ -210,5 +215,5 @@ class TransportFallback:
 
 
 TransferCommand = Export | Revoke | Pull | CancelPull
-RankCommand = RankExport | Revoke | RankPull | CancelPull | Adopt
+RankCommand = RankExport | Revoke | RankPull | CancelPull | Adopt | Restart
 TransferOutcome = TransferReady | TransferLost | Exported | Revoked | PullEnded | TransportFallback
