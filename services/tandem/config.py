@@ -52,7 +52,9 @@ class ParallelConfig:
     tensor_size: int = setting(1, "ranks that share every layer's heads and columns", low=1, high=64)
     pipeline_size: int = setting(1, "stages that share the layers; more than 1: pipelined loops", low=1, high=64)
     data_size: int = setting(1, "copies of the model in a worker, which share its threads and memory", low=1, high=64)
-    expert_size: int = setting(1, "ranks that share the experts of a layer", low=1, high=64)
+    expert_size: int = setting(
+        1, "groups of tensor ranks that experts are spread over; 1: each expert is cut", low=1, high=64
+    )
     devices: tuple[str, ...] = setting((), "device of each rank, cpu or cuda:N, comma separated; empty: model.device")
     backend: Literal["auto", "gloo", "nccl"] = setting(
         "auto", "what moves tensors between ranks; auto: NCCL where each has a GPU of its own, else gloo"

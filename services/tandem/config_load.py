@@ -242,8 +242,13 @@ def _check_discovery(config: Config) -> list[str]:
 
 
 def _check_parallel(config: Config) -> list[str]:
-    stages = config.parallel.pipeline_size
     faults = _check_remote_ranks(config.parallel)
+    if config.parallel.tensor_size % config.parallel.expert_size:
+        faults.append(
+            f"parallel.expert_size: {config.parallel.expert_size} does not divide parallel.tensor_size "
+            f"{config.parallel.tensor_size}: experts are spread over tensor ranks"
+        )
+    stages = config.parallel.pipeline_size
     if config.scheduler.loop == "overlap" and stages > 1:
         faults += [
             f"scheduler.loop: overlap cannot run with parallel.pipeline_size {stages}: a stage has no last token to go"

@@ -74,7 +74,7 @@ def ranks() -> Iterator[Starter]:
     started: list[Engine] = []
     kept: list[object] = []
 
-    def starter(folder: Path, tensor_size: int, pipeline_size: int, **model: Any) -> list[Engine]:
+    def starter(folder: Path, tensor_size: int, pipeline_size: int, expert_size: int = 1, **model: Any) -> list[Engine]:
         sharding = Sharding(tensor_size, pipeline_size)
         count = tensor_size * pipeline_size
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -87,7 +87,7 @@ def ranks() -> Iterator[Starter]:
             model=ModelConfig(path=str(folder), threads=1, device="cpu", **model),
             cache=CacheConfig(pool_bytes=POOL_BYTES, page_tokens=PAGE_TOKENS),
             scheduler=SchedulerConfig(max_running_requests=64, budget_tokens=128),
-            parallel=ParallelConfig(tensor_size=tensor_size, pipeline_size=pipeline_size),
+            parallel=ParallelConfig(tensor_size=tensor_size, pipeline_size=pipeline_size, expert_size=expert_size),
         )
 
         def one(rank: int) -> Engine:

@@ -80,7 +80,7 @@ def start_engine(
     checkpoint = locate_checkpoint(config.model, progress)
     with torch.inference_mode():
         spec = _spec(config.model, checkpoint)
-        part = ModelPart(spec, place)
+        part = ModelPart(spec, place, config.parallel.expert_size)
         links = RankLinks()
         if meeting is not None:
             progress("meeting the other ranks")

@@ -161,7 +161,7 @@ class Decoder:
     def _experts(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> Experts:
         spec = self._spec.experts
         assert spec is not None
-        here = range(spec.num_experts)
+        here = self._part.experts
 
         def weights() -> Iterator[ExpertWeights]:
             for expert in here:

@@ -2,6 +2,10 @@
 
 Linears whose outputs are cut (queries, keys, values, gate, up) come before those whose inputs are cut (output, down),
 so that only the sums of the latter have to be added up between ranks. Their biases belong to the first tensor rank.
+
+Experts are cut like that, too, or spread: each of `expert_size` groups of neighbouring tensor ranks has a run of the
+experts of a layer, and the ranks of a group cut those between them. Every rank has the router and all tokens, so what
+an expert adds is part of the same sum.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from tandem.engine.place import RankPlace, cut
 from tandem.errors import ConfigError
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _MIDDLE_OUTPUTS = ("gate_proj", "up_proj", "w1", "w3")
 _MIDDLE_INPUTS = ("down_proj", "w2")
 _SUMMED = ("o_proj", *_MIDDLE_INPUTS)  # linears over a cut input: each rank has a part of the sum
@@ -26,9 +31,10 @@ _SUMMED = ("o_proj", *_MIDDLE_INPUTS)  # linears over a cut input: each rank has
 class ModelPart:
     """A rank's part of a model. Raises ConfigError if the model cannot be cut like that."""
 
-    def __init__(self, spec: DecoderSpec, place: RankPlace) -> None:
+    def __init__(self, spec: DecoderSpec, place: RankPlace, expert_size: int = 1) -> None:
         sharding = place.sharding
         fault = sharding_fault(spec.num_layers, spec.num_kv_heads, sharding)
+        fault = fault or _experts_fault(spec, sharding.tensor_size, expert_size)
         if fault:
             raise ConfigError(f"parallel: {fault} of {spec.architecture}")
         self.spec = spec
@@ -39,6 +45,9 @@ class ModelPart:
         self.layers = range(self.kv.first_layer, self.kv.end_layer)
         self.num_heads = spec.num_heads // sharding.tensor_size
         self.vocabulary = cut(spec.vocab_size, sharding.tensor_size, place.tensor_rank)
+        self._group_size = sharding.tensor_size // expert_size
+        num_experts = spec.experts.num_experts if spec.experts is not None else 0
+        self.experts = cut(num_experts, expert_size, place.tensor_rank // self._group_size)
 
     @property
     def has_embedding(self) -> bool:
@@ -70,6 +79,9 @@ class ModelPart:
             return self.has_head
         layer = _LAYER.match(name)
         if layer is None or int(layer[1]) not in self.layers:
+            return False
+        expert = _EXPERT.search(name)
+        if expert is not None and int(expert[1]) not in self.experts:
             return False
         return self.place.tensor_rank == 0 or not (name.endswith(".bias") and _module(name) in _SUMMED)
 
@@ -105,12 +117,26 @@ class ModelPart:
 
     def _middle(self, name: str) -> range:
         """This part's run of what lies between gate and down, of the layer or of each of its experts."""
-        of_expert = self.spec.experts is not None and ".experts." in name
-        size = self.spec.experts.intermediate_size if self.spec.experts and of_expert else self.spec.intermediate_size
-        return cut(size, self.place.sharding.tensor_size, self.place.tensor_rank)
+        tensor_rank = self.place.tensor_rank
+        if self.spec.experts is not None and _EXPERT.search(name):
+            return cut(self.spec.experts.intermediate_size, self._group_size, tensor_rank % self._group_size)
+        return cut(self.spec.intermediate_size, self.place.sharding.tensor_size, tensor_rank)
 
     def _of_heads(self, heads: range) -> range:
         return range(heads.start * self.spec.head_dim, heads.stop * self.spec.head_dim)
+
+
+def _experts_fault(spec: DecoderSpec, tensor_size: int, expert_size: int) -> str:
+    """Return why experts cannot be spread like this, "" if they can."""
+    if expert_size == 1:
+        return ""
+    if spec.experts is None:
+        return f"expert size {expert_size} asked for, and there are no experts"
+    if tensor_size % expert_size:
+        return f"expert size {expert_size} does not divide tensor size {tensor_size}"
+    if expert_size > spec.experts.num_experts:
+        return f"expert size {expert_size} is more than {spec.experts.num_experts} experts"
+    return ""
 
 
 def _module(name: str) -> str:
