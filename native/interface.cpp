@@ -172,6 +172,7 @@ static Experts experts_of(const TandemExperts& experts) {
             experts.normalized != 0};
 }
 
+// Null outputs: only takes the workspace.
 TANDEM_EXPORT std::int32_t tandem_experts(Runtime* runtime, const TandemExperts* experts, std::int64_t rows,
                                           float* inputs, std::int64_t input_stride, float* outputs,
                                           std::int64_t output_stride, std::int32_t add_to_outputs) {
@@ -181,7 +182,7 @@ TANDEM_EXPORT std::int32_t tandem_experts(Runtime* runtime, const TandemExperts*
         runtime->experts.reserve(experts_bytes(own, rows));
         add_experts(program, *runtime, own, rows, {inputs, input_stride}, {outputs, output_stride},
                     add_to_outputs != 0);
-        runtime->pool.run(program);
+        if (outputs != nullptr) runtime->pool.run(program);
     });
 }
 

@@ -23,13 +23,20 @@ VOCABULARY = 4096
 CONTEXT = 4096
 EOS = VOCABULARY - 1
 TIE = 1e-3
+LLAMA = Variant("e2e", "LlamaConfig", published=True)
 
 
-def make_checkpoint(folder: Path) -> Any:
+def make_checkpoint(folder: Path, variant: Variant = LLAMA) -> Any:
     """Write a tiny random checkpoint with a real tokenizer; return the transformers model of the same weights."""
-    variant = Variant("e2e", "LlamaConfig", {"max_position_embeddings": CONTEXT}, published=True)
     model = write_checkpoint(
-        variant, folder, seed=11, vocab_size=VOCABULARY, eos_token_id=EOS, hidden_size=64, num_hidden_layers=4
+        variant,
+        folder,
+        seed=11,
+        vocab_size=VOCABULARY,
+        eos_token_id=EOS,
+        hidden_size=64,
+        num_hidden_layers=4,
+        max_position_embeddings=CONTEXT,
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_path() / name, folder / name)

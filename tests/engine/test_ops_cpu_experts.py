@@ -132,6 +132,17 @@ def test_rows(kernels: str, dtype: torch.dtype, alike: bool) -> None:
 
 
 @every_kernel
+def test_workspace_can_be_taken_before(kernels: str) -> None:
+    cpu = operators(kernels, 2)
+    experts = prepared(cpu, torch.bfloat16)
+    experts.reserve(3000)
+    taken = cpu.workspace_bytes
+    assert taken > 3000 * 3 * 4 * (HIDDEN + MIDDLE)
+    experts.add_to(torch.zeros(3000, HIDDEN), torch.randn(3000, HIDDEN))
+    assert cpu.workspace_bytes == taken
+
+
+@every_kernel
 def test_a_part_of_the_experts(kernels: str) -> None:
     """Parts add up to the whole; a row whose experts are elsewhere gets nothing."""
     cpu = operators(kernels, 2)

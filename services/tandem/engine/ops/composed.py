@@ -31,7 +31,10 @@ class ComposedLayers:
         self._reduction = reduction
 
     def reserve(self, step: AttentionStep, hidden: int) -> None:
-        """Operators one by one take what they need when they run."""
+        """Experts' results are the most that a layer needs; other operators take what they need when they run."""
+        for layer in self._parts:
+            if not isinstance(layer.mlp, GatedMlp):
+                layer.mlp.reserve(step.num_tokens)
 
     def __call__(self, step: AttentionStep, residual: torch.Tensor) -> None:
         rms_norm, epsilon = self._operators.rms_norm, self._epsilon
@@ -72,6 +75,9 @@ class ComposedExperts:
 
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
         residual += self._sum(inputs)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Nothing is held between calls."""
 
     def _sum(self, inputs: torch.Tensor) -> torch.Tensor:
         chosen, weights = route(self._router(inputs), self._routing)

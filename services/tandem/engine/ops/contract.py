@@ -127,6 +127,10 @@ class Experts(Protocol):
         """Add the result for `inputs` [N, H] to `residual` [N, H] float32, in place."""
         ...
 
+    def reserve(self, num_tokens: int) -> None:
+        """Take the workspace that so many tokens need, without computing."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParts:
@@ -154,6 +158,9 @@ class Reduction(Protocol):
 
 class AttentionStep(Protocol):
     """The pool as one plan sees it. Layers are called in order; each stores before it attends."""
+
+    @property
+    def num_tokens(self) -> int: ...
 
     def rope_and_store(self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None) -> torch.Tensor:
         """Norm (if any) and rotate queries and keys, store keys and values into the plan's slots.

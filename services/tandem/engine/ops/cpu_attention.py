@@ -35,7 +35,7 @@ class CpuAttention:
         self._runtime = runtime
         self._pool = pool
         self.shape = shape
-        self._num_tokens = batch.num_tokens
+        self.num_tokens = batch.num_tokens
         arrays = [
             np.ascontiguousarray(values, dtype=np.int64)
             for values in (batch.offsets, batch.starts, batch.positions, batch.slots, batch.page_table)
@@ -65,7 +65,7 @@ class CpuAttention:
 
     def rope_and_store(self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None) -> torch.Tensor:
         shape = self.shape
-        queries = self._runtime.tensors.empty(self._num_tokens, shape.num_heads * shape.head_dim)
+        queries = self._runtime.tensors.empty(self.num_tokens, shape.num_heads * shape.head_dim)
         status = self._runtime.library.tandem_rope_and_store(
             self._plan,
             layer,
@@ -77,11 +77,11 @@ class CpuAttention:
             queries.data_ptr(),
         )
         _check(status)
-        return queries.view(self._num_tokens, shape.num_heads, shape.head_dim)
+        return queries.view(self.num_tokens, shape.num_heads, shape.head_dim)
 
     def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         queries = queries.contiguous()
-        outputs = self._runtime.tensors.empty(self._num_tokens, queries.shape[1] * queries.shape[2])
+        outputs = self._runtime.tensors.empty(self.num_tokens, queries.shape[1] * queries.shape[2])
         window = self.shape.windows[layer] or 0
         status = self._runtime.library.tandem_attend(self._plan, layer, window, queries.data_ptr(), outputs.data_ptr())
         _check(status)

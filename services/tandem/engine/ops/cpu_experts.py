@@ -65,6 +65,10 @@ class CpuExperts:
         """See the contract."""
         self._compute(inputs, residual, add=True)
 
+    def reserve(self, num_tokens: int) -> None:
+        """See the contract."""
+        _check(self._runtime.library.tandem_experts(self._runtime.handle, self.fields, num_tokens, None, 0, None, 0, 0))
+
     def plain_weights(self, number: int) -> ExpertWeights:
         """An expert that is here, by its place among them, unpacked into tensors of the caller's."""
         middle, hidden = self.fields.gate_up.outputs, self.fields.down.outputs

@@ -50,6 +50,7 @@ class ReferenceAttention:
     def __init__(
         self, batch: TokenBatch, pool: torch.Tensor, shape: AttentionShape, activation_dtype: torch.dtype
     ) -> None:
+        self.num_tokens = batch.num_tokens
         self._shape = shape
         self._dtype = activation_dtype
         _, self._num_layers, _, kv_heads, page_tokens, head_dim = pool.shape
