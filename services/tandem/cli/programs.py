@@ -17,10 +17,8 @@ from typing import Any
 from tandem.cli.config_help import help_text
 from tandem.config import Config
 from tandem.config_load import Program, load, to_toml
-from tandem.errors import ConfigError
 
 PARENT_VARIABLE = "TANDEM_PARENT_PID"  # set by `tandem up`: end when that process does
-PLANNED_SIZES = ("expert_size",)  # those that no worker starts yet
 _logger = logging.getLogger(__name__)
 
 
@@ -39,19 +37,10 @@ def run(program: Program, argv: Sequence[str], environ: Mapping[str, str]) -> in
 
         die_with(int(parent), signal.SIGTERM)
     config = load(program, argv, environ)
-    _refuse_planned(config)
     from tandem.telemetry.logging import set_up
 
     set_up(config.server.log_level, config.server.log_format, program=program)
     return _serve(program, config)
-
-
-def _refuse_planned(config: Config) -> None:
-    """Raise ConfigError for sizes that workers cannot start yet."""
-    sizes = {name: getattr(config.parallel, name) for name in PLANNED_SIZES}
-    faults = [f"parallel.{name} = {size}: only 1 can be started yet" for name, size in sizes.items() if size > 1]
-    if faults:
-        raise ConfigError("\n".join(faults))
 
 
 def _serve(program: Program, config: Config) -> int:
