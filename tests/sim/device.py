@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from random import Random
 
@@ -41,6 +42,7 @@ class HashDevice:
         self._free_at = [0.0] * stages  # when each stage has computed what was launched
         self.busy_seconds = [0.0] * stages
         self._border = random.randint(0, stages) if stages > 1 else None
+        self._computing: deque[tuple[Plan, list[RowResult]]] = deque()  # launched, and not yet read and written
         self.now = 0.0  # kept by whoever owns the clock
         self.unresolved = 0
         self.in_flight: dict[int, set[int]] = {}  # by plan: the pages that it may touch until it has resolved
@@ -58,10 +60,13 @@ class HashDevice:
             borders.append(self._free_at[stage])
         results: list[RowResult] = []
         longest = cost * (1.0 + self._jitter)
+        self._computing.append((plan, results))
 
         def execute() -> None:
-            if self.alive:
-                results.extend(self._execute(row) for row in plan.rows)
+            """Borders of two plans may be the same instant, but for its last bit: the order is that of the launches."""
+            while self.alive and self._computing and self._computing[0][0].plan_id <= plan.plan_id:
+                first, its_results = self._computing.popleft()
+                its_results.extend(self._execute(row) for row in first.rows)
 
         def finish() -> None:
             if self.alive:

@@ -9,6 +9,7 @@ from tandem.config import HandoffConfig
 from tandem.core.messages.handoff import Sharding
 from tests.sim.world import Options, World
 
+TRANSCRIPT_LINES = 200
 STORM = {"faults": 0.2, "lost_releases": 0.1, "cancels": 0.2, "deadlines": 0.1}
 
 
@@ -16,12 +17,13 @@ def random_options(random: Random, **fixed: Any) -> Options:
     page_tokens = random.choice([1, 2, 4, 8])
     tight = random.random() < 0.5
     longest = -(-80 // page_tokens)
-    pages = longest + (random.randint(0, 8) if tight else 120)
+    pages = longest + (random.randint(0, 8) if tight else 60)
     values: dict[str, Any] = {
         "page_tokens": page_tokens,
         "prefill_pages": pages,
         "decode_pages": pages,
         "budget_tokens": random.choice([1, 3, 7, 16, 64]),
+        "microbatch_tokens_min": random.choice([1, 1, 4, 64]),
         "max_running": random.choice([2, 5, 16]),
         "num_prefill": random.randint(1, 3),
         "num_decode": random.randint(1, 3),
@@ -47,23 +49,30 @@ def simulate(seed: int, **fixed: Any) -> World:
         world.run()
     except Exception:
         print(f"seed {seed}, {world.options}")
-        print("\n".join(line[:300] for line in world.transcript[-80:]))
+        print("\n".join(line[:300] for line in world.transcript[-TRANSCRIPT_LINES:]))
         raise
     return world
 
 
-def crowded(seed: int) -> World:
+def stormy(seed: int, **fixed: Any) -> World:
+    """Run a seed with every kind of fault."""
+    return simulate(seed, **{**STORM, **deaths(seed, 3), **fixed})
+
+
+def crowded(seed: int, **fixed: Any) -> World:
     """Run a stormy seed in which many requests share few pages: everything that can happen, happens often."""
-    return simulate(
-        seed,
-        **{**STORM, "lost_releases": 0.5},
-        page_tokens=4,
-        prefill_pages=24,
-        decode_pages=22,
-        max_running=16,
-        num_decode=1 + seed % 2,
-        num_requests=16,
-        kills=seed % 4,
-        transfer_kills=seed % 2,
-        drains=seed % 3 == 1,
-    )
+    crowd = {
+        "page_tokens": 4,
+        "prefill_pages": 24,
+        "decode_pages": 22,
+        "max_running": 16,
+        "num_decode": 1 + seed % 2,
+        "num_requests": 16,
+        "lost_releases": 0.5,
+    }
+    return stormy(seed, **{**crowd, **deaths(seed, 4), **fixed})
+
+
+def deaths(seed: int, most: int) -> dict[str, int]:
+    """Return how many workers and transfer processes die, and how many workers drain, in the run of a seed."""
+    return {"kills": seed % most, "transfer_kills": seed % 2, "drains": int(seed % 3 == 1)}

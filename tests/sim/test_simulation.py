@@ -1,6 +1,7 @@
 """Proof by simulation: whatever the loops, budgets, faults and deaths, every client hears the reference's tokens.
 
-The runs are by seed: TANDEM_SIM_SEEDS says how many of each kind.
+The runs are by seed: TANDEM_SIM_SEEDS multiplies how many there are. By default 2,500, over every pair of loops and of
+1, 2 and 4 stages; chunk budgets, page sizes, pools and delays are drawn by the seed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,19 @@ from collections import Counter
 
 import pytest
 
-from tests.sim.scenarios import STORM, crowded, simulate
+from tandem.core.roles import Pacing
+from tests.sim.scenarios import crowded, simulate, stormy
 
-SEEDS = int(os.environ.get("TANDEM_SIM_SEEDS", "80"))
+TIMES = float(os.environ.get("TANDEM_SIM_SEEDS", "1"))
+LOOPS: tuple[tuple[Pacing, int], ...] = (
+    ("normal", 1),
+    ("overlap", 1),
+    ("pipelined", 1),
+    ("pipelined", 2),
+    ("pipelined", 4),
+)
+each_prefill = pytest.mark.parametrize(("prefill_loop", "prefill_stages"), LOOPS)
+each_decode = pytest.mark.parametrize(("decode_loop", "decode_stages"), LOOPS)
 HAPPENS = (
     "attach",
     "checksum_mismatches",
@@ -38,35 +49,64 @@ HAPPENS = (
 )
 
 
-@pytest.mark.parametrize("prefill_loop", ["normal", "overlap"])
-@pytest.mark.parametrize("decode_loop", ["normal", "overlap"])
-def test_calm(prefill_loop: str, decode_loop: str) -> None:
-    for seed in range(SEEDS):
-        world = simulate(seed, prefill_loop=prefill_loop, decode_loop=decode_loop)
-        # Between two attempts, after decode took a prefix back, a hand-off is on its lease: prefill may need its pages.
-        assert world.seen["local_prefills"] <= world.seen["made room on decode"], "every peer was well"
+def seeds(first: int, count: int) -> range:
+    return range(first, first + max(1, int(count * TIMES)))
+
+
+@each_prefill
+@each_decode
+def test_calm(prefill_loop: Pacing, prefill_stages: int, decode_loop: Pacing, decode_stages: int) -> None:
+    for seed in seeds(0, 20):
+        world = simulate(
+            seed,
+            prefill_loop=prefill_loop,
+            decode_loop=decode_loop,
+            prefill_stages=prefill_stages,
+            decode_stages=decode_stages,
+        )
+        assert world.seen["local_prefills"] == 0, "every peer was well"
         assert world.seen["leases_started"] <= world.seen["made room on decode"], "every stream was released"
 
 
-@pytest.mark.parametrize("prefill_loop", ["normal", "overlap"])
-@pytest.mark.parametrize("decode_loop", ["normal", "overlap"])
-def test_stormy(prefill_loop: str, decode_loop: str) -> None:
-    for seed in range(1000, 1000 + SEEDS):
-        simulate(
+@each_prefill
+@each_decode
+def test_stormy(prefill_loop: Pacing, prefill_stages: int, decode_loop: Pacing, decode_stages: int) -> None:
+    for seed in seeds(1000, 50):
+        stormy(
             seed,
-            **STORM,
             prefill_loop=prefill_loop,
             decode_loop=decode_loop,
-            kills=seed % 3,
-            transfer_kills=seed % 2,
-            drains=seed % 3 == 1,
+            prefill_stages=prefill_stages,
+            decode_stages=decode_stages,
         )
 
 
-@pytest.mark.parametrize("loop", ["normal", "overlap"])
-def test_unified(loop: str) -> None:
-    for seed in range(2000, 2000 + SEEDS):
-        simulate(seed, unified=True, num_prefill=0, decode_loop=loop, cancels=0.2, deadlines=0.1, drains=seed % 2)
+@each_prefill
+@each_decode
+def test_crowded(prefill_loop: Pacing, prefill_stages: int, decode_loop: Pacing, decode_stages: int) -> None:
+    for seed in seeds(4000, 24):
+        crowded(
+            seed,
+            prefill_loop=prefill_loop,
+            decode_loop=decode_loop,
+            prefill_stages=prefill_stages,
+            decode_stages=decode_stages,
+        )
+
+
+@each_decode
+def test_unified(decode_loop: Pacing, decode_stages: int) -> None:
+    for seed in seeds(2000, 40):
+        simulate(
+            seed,
+            unified=True,
+            num_prefill=0,
+            decode_loop=decode_loop,
+            decode_stages=decode_stages,
+            cancels=0.2,
+            deadlines=0.1,
+            drains=seed % 2,
+        )
 
 
 def test_everything_happens() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tandem.core.messages import handoff
 from tandem.core.messages.plans import Plan
+from tandem.core.messages.requests import EndReason
 from tandem.core.states import State
 from tests.sim import oracle
 
@@ -25,7 +26,9 @@ class Watch:
         self._worker = worker
         self._seen = worker.world.seen
         self._sampled: set[tuple[int, int]] = set()
+        self._discarded = 0  # rows in flight of those who have ended
         scheduler = worker.scheduler
+        self._after(scheduler._ledger, "end", self._ended)
         self._after(scheduler.kv.pool, "allocate", self._allocated)
         self._after(scheduler._planner, "_retract", lambda *_: self._count("retraction"))
         if scheduler._importer is not None:
@@ -41,9 +44,9 @@ class Watch:
         """Call `look(result, *arguments)` after each call of a method."""
         original = getattr(owner, name)
 
-        def wrapped(*arguments: Any) -> Any:
-            result = original(*arguments)
-            look(result, *arguments)
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            result = original(*arguments, **named)
+            look(result, *arguments, **named)
             return result
 
         setattr(owner, name, wrapped)
@@ -53,17 +56,24 @@ class Watch:
 
     def after_event(self) -> None:
         """Whoever holds a cached page holds the pages before it: else they would be evicted first."""
-        references = self._worker.scheduler.kv.pool.references
+        references = self._worker.scheduler.kv.pool.tables().references
         for node in self._worker.scheduler.kv.tree.nodes():
-            if node.parent is not None and node.parent.page >= 0 and references(node.page):
-                assert references(node.parent.page), f"page {node.page} is held, the one before it is not"
+            if node.parent is not None and node.parent.page >= 0 and references[node.page]:
+                assert references[node.parent.page], f"page {node.page} is held, the one before it is not"
+
+    def at_rest(self) -> None:
+        """Every row without a use is counted."""
+        counted = self._worker.scheduler._ledger.counters.discarded_rows
+        assert counted == self._discarded, f"{counted} rows are counted as discarded, {self._discarded} were"
 
     # ---- plans ----------------------------------------------------------------------------------------------------
 
     def planned(self, plan: Plan) -> None:
         """No token is sampled twice, none that is known, and none past the end that is known."""
+        assert self._worker.device.unresolved <= self._worker.depth, "more plans are in flight than the loop allows"
         for row in plan.rows:
             request = self._worker.scheduler._ledger.requests[row.request_id]
+            assert request.samples_in_flight <= self._worker.chain, f"request {row.request_id} is drawn too far ahead"
             if not row.token_ids:
                 self._count("speculative row")
             if row.sample is None:
@@ -75,6 +85,20 @@ class Watch:
             key = row.request_id, index
             assert key not in self._sampled, f"output {index} of request {row.request_id} is drawn twice"
             self._sampled.add(key)
+
+    def _ended(self, _: None, request: Any, reason: EndReason, now: float, **end: Any) -> None:
+        """Rows are wasted only where the end could not be known; each kind of end has its bound.
+
+        A stop that is not a token is the gateway's cancel, for a stop string.
+        """
+        most = self._worker.depth + 1
+        if reason in (EndReason.LENGTH, EndReason.HANDED_OFF):
+            most = 0
+        elif end.get("stop_token_id") is not None:
+            most = self._worker.chain - 1
+        found = request.rows_in_flight
+        assert found <= most, f"request {request.request_id} ended {reason.value} with {found} rows in flight"
+        self._discarded += found
 
     # ---- pages ----------------------------------------------------------------------------------------------------
 

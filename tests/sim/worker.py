@@ -51,7 +51,7 @@ class SimWorker:
             num_layers=LAYERS,
             num_kv_heads=HEADS,
         )
-        self.depth = loop.depth
+        self.depth, self.chain = loop.depth, loop.chain
         self.scheduler = Scheduler(settings, lambda: world.random.randbytes(16))
         self.pool = [[world.random.getrandbits(60) for _ in range(options.page_tokens)] for _ in range(num_pages)]
         seconds = options.prefill_seconds_per_token if role == "prefill" else options.decode_seconds_per_token
@@ -86,7 +86,7 @@ class SimWorker:
         """One turn of the loop with one event."""
         if not self.alive:
             return
-        self.world.log(f"{self.name} <- {event}")
+        self.world.log(self.name, "<-", event)
         now = self.device.now = self.world.now
         check = self.watch.expects(event)
         self.scheduler.handle(event, now)
@@ -99,7 +99,7 @@ class SimWorker:
         faults = self.scheduler.self_check()
         assert not faults, faults
         for effect in self.scheduler.drain_effects():
-            self.world.log(f"{self.name} -> {effect}")
+            self.world.log(self.name, "->", effect)
             self._route(effect)
         self._arm()
 
@@ -161,5 +161,6 @@ class SimWorker:
         counts = self.scheduler.kv.pool.counts()
         assert self.scheduler.idle, f"{self.name} is not idle: {self.scheduler.load(self.world.now)}"
         assert counts.free + counts.cached == counts.total, f"{self.name}: {counts}"
+        self.watch.at_rest()
         slots = self.scheduler._ledger._slots
         assert sorted(slots) == list(range(self.world.options.max_running)), f"{self.name} has these slots: {slots}"

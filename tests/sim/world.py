@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -104,7 +104,7 @@ class World:
         self.random = Random(seed)
         self.options = options
         self.now = 0.0
-        self.transcript: list[str] = []
+        self._transcript: deque[tuple[float, str, str, object]] = deque(maxlen=4000)  # worded when somebody reads it
         self.seen: Counter[str] = Counter()  # what has happened in this run
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
@@ -149,10 +149,13 @@ class World:
             load = worker.scheduler.load(self.now)
             self.seen.update({name: getattr(load, name) for name in COUNTED})
 
-    def log(self, line: str) -> None:
-        self.transcript.append(f"{self.now:9.5f} {line}")
-        if len(self.transcript) > 4000:
-            del self.transcript[:1000]
+    def log(self, who: str, verb: str, what: object = "") -> None:
+        self._transcript.append((self.now, who, verb, what))
+
+    @property
+    def transcript(self) -> list[str]:
+        """The last things that happened, a line each."""
+        return [f"{moment:9.5f} {who} {verb} {what}" for moment, who, verb, what in self._transcript]
 
     # ---- streams --------------------------------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class World:
             return
         stream.decode_open = False
         if self.random.random() < self.options.lost_releases:
-            self.log("fault: a release is lost with its stream")
+            self.log("fault:", "a release is lost with its stream")
             self._up(stream, lambda: self._end_prefill_side(stream, StreamLost(stream.prefill_id)))
         else:
             self._up(stream, lambda: self._end_prefill_side(stream, ReleaseReceived(stream.prefill_id, reason)))
@@ -243,21 +246,21 @@ class World:
             return
         live = [stream for stream in self.streams if stream.decode_open or stream.prefill_open]
         if live and self.random.random() < self.options.faults:
-            self.log("fault: stream broken")
+            self.log("fault:", "stream broken")
             self.sever(self.random.choice(live))
         self.later(0.02, self._break_a_stream)
 
     def _kill_a_transfer(self) -> None:
         worker = self.random.choice([*self.prefills, *self.decodes])
         if worker.alive and worker.transfer.alive:
-            self.log(f"fault: transfer process of {worker.name} killed")
+            self.log("fault:", f"transfer process of {worker.name} killed")
             worker.transfer.kill(self.random.uniform(0.001, 0.1))
 
     def _kill_somebody(self) -> None:
         group = self.random.choice([group for group in (self.prefills, self.decodes) if group])
         index = self.random.randrange(len(group))
         victim = group[index]
-        self.log(f"fault: {victim.name} killed")
+        self.log("fault:", f"{victim.name} killed")
         victim.die()
         for stream in [stream for stream in self.streams if victim in (stream.decode, stream.prefill)]:
             self.sever(stream)
@@ -270,7 +273,7 @@ class World:
         """A rolling restart: another worker takes the place, this one finishes what its grace lets it."""
         group = self.random.choice([group for group in (self.prefills, self.decodes) if group])
         index = self.random.randrange(len(group))
-        self.log(f"fault: {group[index].name} drains")
+        self.log("fault:", f"{group[index].name} drains")
         group[index].event(Drain(self.random.choice([0.0, 0.05, 0.3, None])))
         self._replace(group, index)
 

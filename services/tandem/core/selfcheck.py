@@ -56,7 +56,9 @@ class SelfCheck:
         found = self._numbers(kv.tree.pages())
         # A page that nothing holds is once on the free list, or once in the queue for it.
         places = self._numbers((*kv.pool.free_pages(), *kv.pool.fenced_pages()))
-        unheld = [int(not any(flags)) for flags in zip(references, in_tree, busy, strict=True)]
+        unheld = [
+            int(not (held or cached or read)) for held, cached, read in zip(references, in_tree, busy, strict=True)
+        ]
         for page in kv.pool.orphans():
             unheld[page] = 0
         faults: list[str] = []
@@ -80,7 +82,7 @@ class SelfCheck:
         held = len(references) - references.count(0)
         if held != counts.held:
             faults.append(f"{held} pages are referenced, {counts.held} counted as held")
-        cached = in_tree.count(1) - sum(bool(number) for number in itertools.compress(references, in_tree))
+        cached = in_tree.count(1) - sum(map(bool, itertools.compress(references, in_tree)))
         if cached != counts.cached:
             faults.append(f"{cached} pages are cached, {counts.cached} counted")
         if counts.quarantined < 0:
