@@ -1,4 +1,4 @@
-"""What goes wrong between workers of several ranks, done to real processes: right answers, nothing left behind."""
+"""Hand-offs between workers of several ranks that do not go the plain way: right answers, nothing left behind."""
 
 from __future__ import annotations
 
@@ -11,13 +11,31 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tandem.transfer.choice import mooncake_absence
 from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Service
-from tests.e2e.test_faults import TCP, Wired, all_free, collect, wired
+from tests.e2e.test_faults import MOONCAKE, TCP, Wired, all_free, collect, wired
 from tests.e2e.test_ranks import sizes
 from tests.fakes.transport_proxy import Faults
 
 assert wired, "a fixture"
+
+
+@pytest.mark.mooncake
+@pytest.mark.skipif(bool(mooncake_absence()), reason=mooncake_absence() or "Mooncake is there")
+@pytest.mark.parametrize(("exporter", "importer"), [((1, 1), (2, 1)), ((2, 1), (1, 2))])
+def test_one_sided_reads_between_ranks(
+    service: Service, oracle: Oracle, exporter: tuple[int, int], importer: tuple[int, int]
+) -> None:
+    prefill = service.worker("prefill", *MOONCAKE, *sizes(*exporter))
+    decode = service.worker("decode", *MOONCAKE, *sizes(*importer)).wait_ready()
+    prefill.wait_ready()
+    stub = service.stub(service.gateway([prefill], [decode]))
+    prompt = random_prompt(random.Random(4), 200)
+    response = stub.Generate(greedy(prompt, 12), timeout=60)
+    oracle.check(prompt, list(response.choices[0].token_ids), 12)
+    assert response.timing.kv_transport == "mooncake-tcp", decode.log()
+    all_free(prefill, decode)
 
 
 def test_a_flipped_bit_in_one_ranks_piece(service: Service, oracle: Oracle, wired: Callable[..., Wired]) -> None:

@@ -17,6 +17,7 @@ from tandem.core.messages.transfer import PullEnded, PullStatus
 from tandem.core.pages import PagePool
 from tandem.core.planner import Planner
 from tandem.core.radix import Node, PrefixTree
+from tandem.core.sharding import KvPart
 
 Patch = pytest.MonkeyPatch
 PLANTS: dict[str, Callable[[Patch], None]] = {}
@@ -205,6 +206,21 @@ def streams_left_behind(patch: Patch) -> None:
         original(self, imp)
 
     patch.setattr(Importer, "_close_attempt", close_attempt)
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+
+@plant
+def wrong_head_range(patch: Patch) -> None:
+    """A piece is the same heads at both of its ends."""
+    original = KvPart.within
+
+    def within(self: KvPart, whole: KvPart) -> KvPart:
+        own = original(self, whole)
+        return replace(own, first_head=(own.first_head + own.num_heads) % whole.num_heads)
+
+    patch.setattr(KvPart, "within", within)
 
 
 # ---- ends ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import product
 from random import Random
 
@@ -23,11 +22,13 @@ from tandem.core.messages.transfer import (
     TransferLost,
     TransferReady,
 )
-from tandem.core.sharding import pieces
+from tandem.core.sharding import KvPart, pieces, rank_parts
 from tests.sim.oracle import page_checksum
 
 LAYERS, HEADS = 4, 4  # of the model that ranks may share
-_SLOT_BITS = 64
+Cells = tuple[int, ...]  # every bit of a slot is of one layer and head; cell c has bits c, c + 16, c + 32, c + 48
+_ALL = tuple(range(LAYERS * HEADS))
+_CELL = sum(1 << bit for bit in range(0, 64, LAYERS * HEADS))
 
 Later = Callable[[float, Callable[[], None]], None]
 
@@ -40,23 +41,44 @@ class Served:
     checksums: dict[int, int] = field(default_factory=dict)
 
 
-@cache
-def piece_masks(exporter: Sharding, importer: Sharding) -> tuple[int, ...]:
-    """Return which bits of every slot are of each piece; every bit is of one layer and head."""
-    found = []
-    for piece in pieces(exporter, importer, LAYERS, HEADS):
-        part = piece.part
-        cells = {
-            layer * HEADS + head
-            for layer in range(part.first_layer, part.end_layer)
-            for head in range(part.first_head, part.end_head)
-        }
-        found.append(sum(1 << bit for bit in range(_SLOT_BITS) if bit % (LAYERS * HEADS) in cells))
-    return tuple(found)
+@dataclass(frozen=True)
+class SimPiece:
+    """Which cells of a slot one importing rank reads, and which of its own they become; in the order of the pool."""
+
+    source: Cells
+    target: Cells
 
 
-def _masked(slots: list[int], mask: int) -> list[int]:
-    return [slot & mask for slot in slots]
+def sim_pieces(exporter: Sharding, importer: Sharding) -> list[SimPiece]:
+    """Return all pieces, each found in its two ranks' pages as worker/transfer_cut.py finds it."""
+    sources, targets = (rank_parts(LAYERS, HEADS, sharding) for sharding in (exporter, importer))
+    return [
+        SimPiece(_cells(one.part, sources[one.exporter_rank]), _cells(one.part, targets[one.importer_rank]))
+        for one in pieces(exporter, importer, LAYERS, HEADS)
+    ]
+
+
+def _cells(part: KvPart, owner: KvPart) -> Cells:
+    own = part.within(owner)
+    layers = range(owner.first_layer + own.first_layer, owner.first_layer + own.end_layer)
+    heads = range(owner.first_head + own.first_head, owner.first_head + own.end_head)
+    return tuple(layer * HEADS + head for layer in layers for head in heads)
+
+
+def _taken(slot: int, cells: Cells) -> int:
+    """Return some cells of a slot, side by side."""
+    if cells == _ALL:
+        return slot
+    return sum(((slot >> cell) & _CELL) << place for place, cell in enumerate(cells))
+
+
+def _placed(slot: int, cells: Cells, taken: int) -> int:
+    """Return a slot with some of its cells replaced."""
+    if cells == _ALL:
+        return taken
+    for place, cell in enumerate(cells):
+        slot = slot & ~(_CELL << cell) | ((taken >> place) & _CELL) << cell
+    return slot
 
 
 class SimTransfer:
@@ -82,6 +104,7 @@ class SimTransfer:
         self._directory = directory
         self._faults = faults
         self._sharding = sharding
+        self._known_pieces: dict[tuple[Sharding, Sharding], list[SimPiece]] = {}
         self.served: dict[bytes, Served] = {}
         self._cancelled: set[int] = set()
         self._written: dict[int, tuple[int, ...]] = {}  # by pull: pages, until its end has been said
@@ -140,6 +163,12 @@ class SimTransfer:
         """Pages that a peer may still read, for all that the rank has been told."""
         return {page for pages in self._promised.values() for page in pages}
 
+    def _pieces(self, exporter: Sharding, importer: Sharding) -> list[SimPiece]:
+        pair = (exporter, importer)
+        if pair not in self._known_pieces:
+            self._known_pieces[pair] = sim_pieces(exporter, importer)
+        return self._known_pieces[pair]
+
     def _say(self, outcome: Exported | Revoked) -> None:
         life = self.instance_id
 
@@ -170,8 +199,8 @@ class SimTransfer:
             entry.pages[ordinal] = page
             entry.checksums[ordinal] = page_checksum(self._pool[page])
         sums = [
-            page_checksum(_masked(self._pool[page], mask))
-            for mask in piece_masks(self._sharding, command.importer)
+            page_checksum([_taken(slot, piece.source) for slot in self._pool[page]])
+            for piece in self._pieces(self._sharding, command.importer)
             for page in command.pages
         ]
         checksums = array("Q", sums).tobytes()
@@ -196,8 +225,8 @@ class SimTransfer:
         A page is good when all its pieces are.
         """
         fate = self._random.random()
-        masks = piece_masks(command.exporter, self._sharding)
-        num_reads = len(masks) * len(command.ordinals)
+        all_pieces = self._pieces(command.exporter, self._sharding)
+        num_reads = len(all_pieces) * len(command.ordinals)
         instants = sorted(self._random.uniform(0.0, 0.02) for _ in range(num_reads))
         life, good, bad = self.instance_id, Counter[int](), set[int]()
         breaks_at = self._random.randrange(num_reads) if fate < self._faults else None
@@ -208,16 +237,17 @@ class SimTransfer:
                 return
             source = self._directory.get(command.endpoints[0].instance_id)
             entry = None if source is None else source.served.get(command.handoff_id)
-            piece, position = divmod(index, len(command.ordinals))
-            ordinal, mask, target = command.ordinals[position], masks[piece], self._pool[command.pages[position]]
+            number, position = divmod(index, len(command.ordinals))
+            piece, ordinal = all_pieces[number], command.ordinals[position]
             if source is None or entry is None or entry.token != command.token or ordinal not in entry.pages:
                 failed[0] = True
                 return
-            slots = list(source._pool[entry.pages[ordinal]])
+            slots = [_taken(slot, piece.source) for slot in source._pool[entry.pages[ordinal]]]
             if self._random.random() < self._faults / 4:
-                slots[self._random.randrange(len(slots))] ^= mask & -mask
-            target[:] = [own & ~mask | slot & mask for own, slot in zip(target, slots, strict=True)]
-            if page_checksum(_masked(target, mask)) == array("Q", command.checksums)[index]:
+                slots[self._random.randrange(len(slots))] ^= 1
+            target = self._pool[command.pages[position]]
+            target[:] = [_placed(old, piece.target, new) for old, new in zip(target, slots, strict=True)]
+            if page_checksum(slots) == array("Q", command.checksums)[index]:
                 good[ordinal] += 1
             else:
                 bad.add(ordinal)
@@ -239,7 +269,7 @@ class SimTransfer:
                 PullEnded(
                     ticket=command.ticket,
                     status=status,
-                    good_ordinals=tuple(one for one in command.ordinals if good[one] == len(masks)),
+                    good_ordinals=tuple(one for one in command.ordinals if good[one] == len(all_pieces)),
                     bad_ordinals=tuple(one for one in command.ordinals if one in bad),
                     transport="tcp",
                 )
