@@ -174,3 +174,11 @@ def test_a_collector_needs_scheme_host_and_port(endpoint: str) -> None:
     with pytest.raises(ConfigError, match=r"telemetry\.otlp_endpoint: .* is not http://host:port"):
         load("decode", ["--telemetry.otlp-endpoint", endpoint], {})
     assert load("decode", ["--telemetry.otlp-endpoint", "http://a:1"], {}).telemetry.otlp_endpoint == "http://a:1"
+
+
+def test_devices_are_those_of_a_replica_or_of_all() -> None:
+    sizes = ("--parallel.tensor-size", "2", "--parallel.data-size", "2")
+    for devices in ("cpu,cpu", "cpu,cpu,cpu,cpu"):
+        assert load("unified", [*sizes, "--parallel.devices", devices], {}).parallel.devices
+    with pytest.raises(ConfigError, match=r"parallel.devices: 3 named, there are 2 ranks, or 4 for all replicas"):
+        load("unified", [*sizes, "--parallel.devices", "cpu,cpu,cpu"], {})

@@ -55,7 +55,9 @@ class ParallelConfig:
     expert_size: int = setting(
         1, "groups of tensor ranks that experts are spread over; 1: each expert is cut", low=1, high=64
     )
-    devices: tuple[str, ...] = setting((), "device of each rank, cpu or cuda:N, comma separated; empty: model.device")
+    devices: tuple[str, ...] = setting(
+        (), "device of each rank, cpu or cuda:N, comma separated, replica after replica; empty: model.device"
+    )
     backend: Literal["auto", "gloo", "nccl"] = setting(
         "auto", "what moves tensors between ranks; auto: NCCL where each has a GPU of its own, else gloo"
     )

@@ -242,19 +242,30 @@ def _check_discovery(config: Config) -> list[str]:
 
 
 def _check_parallel(config: Config) -> list[str]:
-    faults = _check_remote_ranks(config.parallel)
-    if config.parallel.tensor_size % config.parallel.expert_size:
+    parallel = config.parallel
+    faults = _check_remote_ranks(parallel) + _check_devices(parallel)
+    if parallel.tensor_size % parallel.expert_size:
         faults.append(
-            f"parallel.expert_size: {config.parallel.expert_size} does not divide parallel.tensor_size "
-            f"{config.parallel.tensor_size}: experts are spread over tensor ranks"
+            f"parallel.expert_size: {parallel.expert_size} does not divide parallel.tensor_size "
+            f"{parallel.tensor_size}: experts are spread over tensor ranks"
         )
-    stages = config.parallel.pipeline_size
+    stages = parallel.pipeline_size
     if config.scheduler.loop == "overlap" and stages > 1:
         faults += [
             f"scheduler.loop: overlap cannot run with parallel.pipeline_size {stages}: a stage has no last token to go"
             " on from until the plan before has left the last stage; leave it at auto, which is pipelined then"
         ]
     return faults
+
+
+def _check_devices(parallel: ParallelConfig) -> list[str]:
+    """Devices are named for the ranks of one replica, which all share, or of every one."""
+    num_ranks = parallel.tensor_size * parallel.pipeline_size
+    named = len(parallel.devices)
+    if named in (0, num_ranks, num_ranks * parallel.data_size):
+        return []
+    of_all = f", or {num_ranks * parallel.data_size} for all replicas" if parallel.data_size > 1 else ""
+    return [f"parallel.devices: {named} named, there are {num_ranks} ranks{of_all}"]
 
 
 def _check_remote_ranks(parallel: ParallelConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_here_it_runs() -> None:
     lines, code = doctor.report()
     assert code == 0
     assert {line.split()[1] for line in lines if line.startswith(("ok", "lost"))} == {
-        *("python", "torch", "CPU", "operators", "memory", "libibverbs1", "mooncake", "RDMA")
+        *("python", "torch", "CPU", "ranks", "operators", "memory", "libibverbs1", "mooncake", "RDMA")
     }
 
 
@@ -28,6 +29,19 @@ def test_operators_that_were_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     (line,) = [line for line in lines if line.startswith("lost") and line.split()[1] == "operators"]
     assert "several times slower: no C++ compiler was found" in line
+
+
+def test_ranks_are_counted_by_what_they_compute_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line() -> str:
+        return next(line for line in doctor.report()[0] if line.split()[1:2] == ["ranks"])
+
+    monkeypatch.setattr(doctor, "_GPUS", tmp_path / "missing")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5})
+    assert "3 CPUs" in line()
+    for name in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(doctor, "_GPUS", tmp_path)
+    assert "2 GPUs" in line()
 
 
 def test_missing_libibverbs_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,18 @@ def test_up_ends_when_a_child_dies_and_says_which(tmp_path: Path) -> None:
         assert all_gone(processes)
 
 
+def test_up_starts_copies_of_the_model_and_checks_sizes(tmp_path: Path) -> None:
+    with running(tmp_path, "up", "--port", "0", "--unified", "--data-size", "2", *SMALL) as tandem:
+        said = tandem.wait_for("Ctrl-C stops everything")
+        assert re.search(r"unified x2 +127\.0\.0\.1:\d+ +overlap +3264 +1632", said), said
+        assert len([each for each in tandem.descendants() if "tandem.worker.rank_main" in each.cmdline()]) == 2
+        tandem.process.send_signal(signal.SIGINT)
+        assert tandem.process.wait(20.0) == 0
+    refused = client("up", "--tensor-size", "many", "--data-size", "0")
+    assert refused.returncode == 2
+    assert "parallel.tensor_size=many" in refused.stderr and "parallel.data_size=0" in refused.stderr
+
+
 def test_nothing_outlives_a_killed_up(tmp_path: Path) -> None:
     with running(tmp_path, "up", "--port", "0", "--unified", *SMALL) as tandem:
         tandem.wait_for("Ctrl-C stops everything")

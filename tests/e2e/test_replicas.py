@@ -104,3 +104,27 @@ def test_two_replicas_prefill_for_two_that_decode(service: Service, oracle: Orac
         oracle.check(prompt, output, 12)
     assert prefill.process.wait(SOON) == 1
     assert decode.stop() == 0
+
+
+def test_replicas_of_two_ranks_each(service: Service, oracle: Oracle) -> None:
+    """Two copies of two tensor ranks prefill for a plain decode worker: four transfer processes, one hand-off peer."""
+    tcp = ("--transfer.transport", "tcp")
+    prefill = service.worker("prefill", *tcp, *TWO, "--parallel.tensor-size", "2")
+    decode = service.worker("decode", *tcp)
+    for worker in (prefill, decode):
+        worker.wait_ready()
+    followers = prefill.children("tandem.worker.follower_main")
+    assert (len(followers), len(prefill.children("tandem.transfer.main"))) == (2, 4)
+    stub = service.stub(service.gateway([prefill], [decode]))
+    source = random.Random(23)
+    prompts = [random_prompt(source, source.randint(1, 150)) for _ in range(8)]
+    for prompt, output in zip(prompts, ask(stub, prompts, 8), strict=True):
+        oracle.check(prompt, output, 8)
+    assert decode.worker_metric("local_prefills") == 0
+    prefill.wait_metric(lambda program: program.pages_in_use() == 0)
+    assert min(by_replica(prefill, "computed_tokens_total")) > 0
+    psutil.Process(followers[1]).send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert prefill.process.wait(10.0) == 1
+    assert time.monotonic() - began < SOON
+    assert "rank 1 ended by signal 9" in prefill.log() and "replica 1" in prefill.log()

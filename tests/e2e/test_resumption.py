@@ -175,11 +175,15 @@ def wired(service: Service) -> Iterator[Callable[..., Wired]]:
         one.proxy.close()
 
 
-@pytest.mark.parametrize("how", ["killed", "drained"])
+# Without prefix caches nothing but the hand-off's id leads the next attempt to the replica that has its pages.
+_REPLICAS = ("--parallel.data-size", "2", "--cache.prefix-cache", "false")
+
+
+@pytest.mark.parametrize(("how", "flags"), [("killed", ()), ("drained", ()), ("killed", _REPLICAS)])
 def test_the_next_decode_worker_pulls_what_was_computed_once(
-    service: Service, oracle: Oracle, wired: Callable[..., Wired], how: str
+    service: Service, oracle: Oracle, wired: Callable[..., Wired], how: str, flags: Sequence[str]
 ) -> None:
-    one = wired("--handoff.lease-seconds", "20")
+    one = wired("--handoff.lease-seconds", "20", *flags)
     decodes = [service.worker("decode", *TCP) for _ in range(2)]
     prefill = one.prefill.wait_ready()
     for worker in decodes:

@@ -18,6 +18,7 @@ from tandem.core.messages.plans import Plan, PlanResolved
 from tandem.core.messages.sampling import SamplingParams, TokenLogprob
 from tandem.engine.collectives import Meeting
 from tandem.engine.place import RankPlace
+from tandem.engine.rank_device import replica_devices
 from tandem.engine.start import Engine, start_engine
 from tandem.engine.wire import listen_store
 from tandem.errors import ConfigError
@@ -175,3 +176,24 @@ def test_devices_are_checked_before_anything_is_read(devices: tuple[str, ...], m
     config = Config(model=ModelConfig(path="/nowhere"), parallel=ParallelConfig(tensor_size=2, devices=devices))
     with pytest.raises(ConfigError, match=message):
         start_engine(config, lambda _: None, RankPlace(1, Sharding(2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "replica", "devices", "lodgers"),
+    [
+        (4, 0, ("cuda:0", "cuda:1"), 1),
+        (4, 1, ("cuda:2", "cuda:3"), 1),
+        (3, 1, ("cuda:2", "cuda:0"), 2),
+        (1, 1, ("cuda:0", "cuda:0"), 4),
+    ],
+)
+def test_replicas_get_gpus_in_their_order(
+    num_gpus: int, replica: int, devices: tuple[str, ...], lodgers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    config = Config(parallel=ParallelConfig(tensor_size=2, data_size=2))
+    found = replica_devices(config, replica).parallel
+    assert (found.devices, found.data_size) == (devices, lodgers)
+    on_cpu = Config(model=ModelConfig(device="cpu"), parallel=ParallelConfig(data_size=2))
+    assert replica_devices(on_cpu, 1) is on_cpu

@@ -188,12 +188,11 @@ def test_threads_memory_and_ports_are_shared_out() -> None:
     whole = config(
         3,
         model=ModelConfig(threads=7),
-        cache=CacheConfig(pool_bytes=0, memory_fraction=0.3, pool_bytes_max=3 << 30),
+        cache=CacheConfig(pool_bytes=0, pool_bytes_max=3 << 30),
         transfer=TransferConfig(port=50052, advertise_address="[fd00::1]:7000"),
     )
     first, last = (replica_config(whole, index, 8, None) for index in (0, 2))
     assert first.model.threads == 2
-    assert first.cache.memory_fraction == pytest.approx(0.1)
     assert first.cache.pool_bytes_max == 1 << 30
     assert (first.transfer.port, first.transfer.advertise_address) == (50052, "[fd00::1]:7000")
     assert (last.transfer.port, last.transfer.advertise_address) == (50054, "[fd00::1]:7002")
@@ -204,5 +203,22 @@ def test_threads_memory_and_ports_are_shared_out() -> None:
     assert given.cache.pool_bytes == 30
     assert replica_config(replace(whole, model=ModelConfig(threads=0)), 0, 8, None).model.threads == 2
     assert replica_config(replace(whole, model=ModelConfig(threads=1)), 0, 8, None).model.threads == 1
+
+
+def test_devices_are_named_for_each_replica_or_shared() -> None:
+    def of(*devices: str, size: int = 2, replica: int = 1) -> tuple[tuple[str, ...], int]:
+        parallel = ParallelConfig(data_size=size, tensor_size=2, devices=devices)
+        own = replica_config(Config(parallel=parallel), replica, 8, None).parallel
+        return own.devices, own.data_size
+
+    assert of() == ((), 2)
+    assert of("cuda:0", "cuda:1") == (("cuda:0", "cuda:1"), 2), "both replicas are on both"
+    assert of("cuda:0", "cuda:1", "cuda:2", "cuda:3") == (("cuda:2", "cuda:3"), 1)
+    assert of("cuda:0", "cuda:1", "cuda:2", "cuda:3", replica=0) == (("cuda:0", "cuda:1"), 1)
+    assert of("cpu", "cpu", "cpu", "cpu") == (("cpu", "cpu"), 2)
+    assert of("cuda:0", "cuda:1", "cuda:2", "cuda:0") == (("cuda:2", "cuda:0"), 2)
+
+
+def test_a_worker_of_one_replica_keeps_its_settings() -> None:
     alone = config(1, model=ModelConfig(threads=0))
     assert replica_config(alone, 0, 8, None) is alone

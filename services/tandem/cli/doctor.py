@@ -17,6 +17,7 @@ from tandem.transfer.choice import devices, mooncake_absence
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _COMFORTABLE_BYTES = 2 << 30
+_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,14 @@ def _cpu() -> Finding:
     return Finding("ok", "CPU", text + "; no bf16 instructions, bf16 weights are widened as they are used")
 
 
+def _ranks() -> Finding:
+    """How large parallel.* may usefully be: a rank computes on a GPU of its own, or on a CPU of its own."""
+    num_gpus = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
+    kind, count = ("GPUs", num_gpus) if num_gpus else ("CPUs", len(os.sched_getaffinity(0)))
+    text = f"{count} {kind}: so many ranks compute side by side (tensor x pipeline x data size, over all workers here)"
+    return Finding("ok", "ranks", text)
+
+
 def _operators() -> Finding:
     try:
         load_library()
@@ -122,4 +131,14 @@ def _read(path: str) -> str:
         return ""
 
 
-_CHECKS: tuple[Callable[[], Finding], ...] = (_python, _torch, _cpu, _operators, _memory, _verbs, _mooncake, _rdma)
+_CHECKS: tuple[Callable[[], Finding], ...] = (
+    _python,
+    _torch,
+    _cpu,
+    _ranks,
+    _operators,
+    _memory,
+    _verbs,
+    _mooncake,
+    _rdma,
+)

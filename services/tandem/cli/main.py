@@ -18,6 +18,12 @@ from tandem.config import LoopName, TransportChoice
 from tandem.config_load import PROGRAM_SECTIONS
 from tandem.errors import ConfigError
 
+_SIZES = {
+    "tensor": "ranks that share every layer",
+    "pipeline": "stages that share the layers",
+    "data": "copies of the model behind one address",
+    "expert": "ranks that share the experts",
+}
 _EPILOG = """\
 one program alone (each has its own --help with every setting):
   gateway | prefill | decode | unified
@@ -90,6 +96,8 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_transport_and_loop(up)
     up.add_argument("--prefill-loop", choices=get_args(LoopName), help="loop of the prefill workers only")
     up.add_argument("--decode-loop", choices=get_args(LoopName), help="loop of the decode and unified workers only")
+    for size, meaning in _SIZES.items():
+        up.add_argument(f"--{size}-size", metavar="N", help=f"{meaning} (parallel.{size}_size of every worker)")
     up.add_argument("--port", type=int, default=50051, help="port of the gateway (default 50051; 0: any free one)")
     up.add_argument("--config", default="", metavar="FILE", help="settings file for all programs")
     up.add_argument("--verbose", action="store_true", help="show all log lines of the programs")

@@ -27,7 +27,7 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
             faults.append("--decode must be at least 1: decode workers own the requests")
     if min(counts) < 0 or sum(counts) < 1:
         faults.append("the numbers of workers must not be negative, and one must be there")
-    settings = parse_settings(arguments.set, faults)
+    settings = parse_settings([*_sizes(arguments), *arguments.set], faults)
     if faults:
         raise ConfigError("\n".join(faults))
     return Shape(
@@ -42,6 +42,13 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
         settings=settings,
         config_file=arguments.config,
     )
+
+
+def _sizes(arguments: argparse.Namespace) -> list[str]:
+    """Return what --tensor-size and its like say, as settings; --set has the last word."""
+    names = [setting.field.name for setting in SETTINGS.values() if setting.section == "parallel"]
+    given = {name: getattr(arguments, name, None) for name in names}
+    return [f"parallel.{name}={value}" for name, value in given.items() if value is not None]
 
 
 def parse_settings(texts: Sequence[str], faults: list[str]) -> tuple[tuple[str, str], ...]:
@@ -116,9 +123,11 @@ def summary(cluster: Cluster, seconds: float) -> str:
 
 
 def _row(worker: dict[str, Any]) -> str:
+    copies = f" x{worker['data_size']}" if worker["data_size"] > 1 else ""
+    num_tokens = worker["num_pages"] * worker["page_tokens"]
     return (
-        f"  {worker['program']:<11}{worker['address']:<23}{worker['loop']:<18}"
-        f"{worker['max_total_num_tokens']:<11}{worker['max_req_input_len']:<16}{', '.join(worker['transports']) or '-'}"
+        f"  {worker['program'] + copies:<11}{worker['address']:<23}{worker['loop']:<18}"
+        f"{num_tokens:<11}{worker['max_req_input_len']:<16}{', '.join(worker['transports']) or '-'}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -22,6 +23,21 @@ def rank_device(config: Config, place: RankPlace) -> torch.device:
     if _device_kind(config.model) == "cpu":
         return torch.device("cpu")
     return _named_device(f"cuda:{place.rank}", place.rank)
+
+
+def replica_devices(config: Config, replica: int) -> Config:
+    """Settings of a replica that name its GPUs: those after the replica's before it, or shared where there are too few.
+
+    On GPUs of its own it need not leave room for others: then its data_size is 1.
+    """
+    parallel = config.parallel
+    num_ranks = ranks_here(parallel)
+    if parallel.devices or _device_kind(config.model) == "cpu":
+        return config
+    found = torch.cuda.device_count()
+    names = tuple(f"cuda:{(replica * num_ranks + rank) % found}" for rank in range(num_ranks))
+    lodgers = -(-parallel.data_size * num_ranks // found) if parallel.data_size * num_ranks > found else 1
+    return replace(config, parallel=replace(parallel, devices=names, data_size=lodgers))
 
 
 def uses_nccl(config: ParallelConfig, device: torch.device) -> bool:

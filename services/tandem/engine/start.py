@@ -209,9 +209,8 @@ def _sized_layout(
     if device.type == "cpu":
         free_bytes //= ranks_here(config.parallel)  # all of them measure now
     whole = replace(one_page, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads)
-    return sized_layout(
-        one_page, config.cache, max(0, free_bytes - taken), Fraction(one_page.page_bytes, whole.page_bytes)
-    )
+    cache = replace(config.cache, memory_fraction=config.cache.memory_fraction / config.parallel.data_size)
+    return sized_layout(one_page, cache, max(0, free_bytes - taken), Fraction(one_page.page_bytes, whole.page_bytes))
 
 
 def _require_equal(links: RankLinks, **facts: str) -> None:

@@ -25,6 +25,7 @@ from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.demo import MODEL_NAME
 from tandem.engine.device import Device
+from tandem.engine.rank_device import replica_devices
 from tandem.engine.start import Engine
 from tandem.errors import ConfigError, TandemError
 from tandem.ipc import Channel, ChannelClosed
@@ -67,7 +68,8 @@ def _serve(start: StartRank, frontend: Channel, followers: Sequence[Follower]) -
     progress = _progress_to(frontend)
     if start.role != "unified":
         check_transport(start.config.transfer)
-    ranks = start_ranks(start.role, start.config, start.worker_host, followers, progress)
+    config = start.config if start.replica is None else replica_devices(start.config, start.replica)
+    ranks = start_ranks(start.role, config, start.worker_host, followers, progress)
     engine, transfer = ranks.engine, Transfer()
     try:
         _warm_up(engine, progress)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tandem.config import Config, Role, TransferConfig
+from tandem.config import Config, ParallelConfig, Role, TransferConfig
 from tandem.core.messages.worker import RankFailed, RankReady
 from tandem.errors import TandemError
 from tandem.worker.messages import StartRank
@@ -175,10 +175,10 @@ def importer_id(instance_id: bytes, replica: int) -> bytes:
 
 
 def replica_config(config: Config, replica: int, num_cpus: int, first: RankReady | None) -> Config:
-    """Return the settings of one replica: its share of threads and memory, ports of its own.
+    """Return the settings of one replica: its share of threads and memory, ports and devices of its own.
 
-    The first one reckons with the weights of all (its data_size says so); the others, given what `first` is, take the
-    same pool.
+    Its data_size is how many replicas a device has to hold besides, itself included: the first one leaves them room,
+    the others, given what `first` is, take the same pool.
     """
     size = config.parallel.data_size
     if size == 1:
@@ -187,14 +187,24 @@ def replica_config(config: Config, replica: int, num_cpus: int, first: RankReady
     cache = replace(
         config.cache,
         pool_bytes=config.cache.pool_bytes // size,
-        memory_fraction=config.cache.memory_fraction / size,
         pool_bytes_max=config.cache.pool_bytes_max // size,
     )
-    parallel = config.parallel
+    parallel = _replica_parallel(config.parallel, replica)
     if first is not None:
         cache = replace(cache, pool_bytes=first.num_pages * first.page_bytes)
         parallel = replace(parallel, data_size=1)
     return replace(config, model=model, cache=cache, parallel=parallel, transfer=_replica_transfer(config, replica))
+
+
+def _replica_parallel(parallel: ParallelConfig, replica: int) -> ParallelConfig:
+    """Devices are named for the ranks of each replica in turn, or for those of one: then all replicas share them."""
+    num_ranks = parallel.tensor_size * parallel.pipeline_size
+    named = parallel.devices
+    if len(named) <= num_ranks:
+        return parallel
+    own = named[replica * num_ranks : (replica + 1) * num_ranks]
+    lodgers = max(sum(name == device for name in named) // own.count(device) for device in own)
+    return replace(parallel, devices=own, data_size=lodgers)
 
 
 def _replica_transfer(config: Config, replica: int) -> TransferConfig:
