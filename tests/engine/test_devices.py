@@ -12,7 +12,7 @@ from tandem.core.messages.plans import Plan, PlanResolved, Row, Sample
 from tandem.core.messages.sampling import SamplingParams
 from tandem.engine.compute_thread import ComputeThread
 from tandem.engine.cuda import _published_pages
-from tandem.engine.device import MAX_UNRESOLVED, DeviceFailed
+from tandem.engine.device import MAX_UNRESOLVED, DeviceFailed, GradientWork
 from tests.engine.driver import WAIT_SECONDS
 
 
@@ -37,7 +37,7 @@ def echo(thread: ComputeThread, act: Callable[[Plan], object] = lambda _: None) 
         if isinstance(work, Plan):
             act(work)
             thread.give(PlanResolved(work.plan_id, ()))
-        else:
+        elif not isinstance(work, GradientWork):
             work()
 
 

@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable
 
 from tandem.core.messages.plans import Plan, PlanResolved
-from tandem.engine.device import MAX_UNRESOLVED, DeviceFailed
+from tandem.engine.device import MAX_UNRESOLVED, DeviceFailed, GradientsResolved, GradientWork
 
 _JOIN_SECONDS = 60.0
 
-Work = Plan | Callable[[], None]
+Work = Plan | GradientWork | Callable[[], None]
 
 
 class ComputeThread:
@@ -28,6 +28,7 @@ class ComputeThread:
         self._execute = execute
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._results: deque[PlanResolved | DeviceFailed] = deque()
+        self._gradients: deque[GradientsResolved] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._current_plan_id = -1
         self._stopping = False
@@ -43,6 +44,15 @@ class ComputeThread:
     def post(self, action: Callable[[], None]) -> None:
         """Run something between the plans launched before and those launched after."""
         self._work.put(action)
+
+    def launch_gradients(self, work: GradientWork) -> None:
+        self._work.put(work)
+
+    def gradients_resolved(self) -> list[GradientsResolved]:
+        taken: list[GradientsResolved] = []
+        while self._gradients:
+            taken.append(self._gradients.popleft())
+        return taken
 
     def fileno(self) -> int:
         return self._event
@@ -91,6 +101,10 @@ class ComputeThread:
 
     def give(self, result: PlanResolved) -> None:
         self._put(result)
+
+    def give_gradients(self, result: GradientsResolved) -> None:
+        self._gradients.append(result)
+        os.eventfd_write(self._event, 1)
 
     def _run(self) -> None:
         try:

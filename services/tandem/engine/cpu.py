@@ -9,6 +9,8 @@ import torch
 
 from tandem.core.messages.plans import Plan, PlanResolved
 from tandem.engine.compute_thread import ComputeThread
+from tandem.engine.device import GradientsResolved, GradientWork
+from tandem.engine.launch_mode import inference_launch, run_with_gradients
 from tandem.engine.runner import PlanRunner
 
 
@@ -36,14 +38,26 @@ class CpuDevice:
     def resolved(self) -> list[PlanResolved]:
         return self._thread.resolved()
 
+    def launch_gradients(self, work: GradientWork) -> None:
+        self._thread.launch_gradients(work)
+
+    def gradients_resolved(self) -> list[GradientsResolved]:
+        return self._thread.gradients_resolved()
+
     def close(self) -> None:
         self._thread.close()
 
     def _execute(self, thread: ComputeThread) -> None:
         torch.set_num_threads(self._num_threads)  # counts for the calling thread
-        with torch.inference_mode():
-            while isinstance(plan := thread.take(block=True), Plan):
+        while (work := thread.take(block=True)) is not None:
+            if isinstance(work, Plan):
                 began = time.perf_counter() - self._runner.waited_seconds
-                rows = self._runner.run(plan)
+                with inference_launch():
+                    rows = self._runner.run(work)
                 seconds = time.perf_counter() - self._runner.waited_seconds - began
-                thread.give(PlanResolved(plan.plan_id, rows, seconds))
+                thread.give(PlanResolved(work.plan_id, rows, seconds))
+            elif isinstance(work, GradientWork):
+                thread.give_gradients(run_with_gradients(work, torch.device("cpu")))
+            else:
+                with inference_launch():
+                    work()

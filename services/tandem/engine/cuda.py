@@ -14,6 +14,8 @@ import torch
 
 from tandem.core.messages.plans import Plan, PlanResolved, Row
 from tandem.engine.compute_thread import ComputeThread
+from tandem.engine.device import GradientsResolved, GradientWork
+from tandem.engine.launch_mode import inference_launch, run_with_gradients
 from tandem.engine.runner import Launched, PlanRunner
 from tandem.engine.staging import StagingRing
 
@@ -55,6 +57,12 @@ class CudaDevice:
     def resolved(self) -> list[PlanResolved]:
         return self._thread.resolved()
 
+    def launch_gradients(self, work: GradientWork) -> None:
+        self._thread.launch_gradients(work)
+
+    def gradients_resolved(self) -> list[GradientsResolved]:
+        return self._thread.gradients_resolved()
+
     def close(self) -> None:
         self._thread.close()
 
@@ -64,19 +72,23 @@ class CudaDevice:
         in_flight: deque[_InFlight] = deque()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.default_stream(self._device))  # the weights are there
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             while True:
                 work = thread.take(block=not in_flight)
-                if isinstance(work, Plan):
-                    in_flight.append(self._issue(work))
-                    if len(in_flight) > _AHEAD:
-                        thread.give(self._finish(in_flight.popleft()))
-                elif work is not None:
-                    work()
-                elif in_flight:
-                    thread.give(self._finish(in_flight.popleft()))
-                else:
+                if isinstance(work, GradientWork):
+                    thread.give_gradients(run_with_gradients(work, self._device))
+                    continue
+                if work is None and not in_flight:
                     return
+                with inference_launch():
+                    if isinstance(work, Plan):
+                        in_flight.append(self._issue(work))
+                        if len(in_flight) > _AHEAD:
+                            thread.give(self._finish(in_flight.popleft()))
+                    elif work is not None:
+                        work()
+                    else:
+                        thread.give(self._finish(in_flight.popleft()))
 
     def _issue(self, plan: Plan) -> _InFlight:
         stream = torch.cuda.current_stream(self._device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from tandem.core.messages.plans import Plan, PlanResolved
@@ -43,4 +44,32 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Stop after the plan that is being executed; plans behind it are dropped."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GradientWork:
+    """A launch that needs gradients. `run` is called on the compute thread, under autograd, between two plans."""
+
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientsResolved:
+    """What a GradientWork returned, or the exception that it ended with; a device goes on after one."""
+
+    value: object
+    error: Exception | None
+    device_seconds: float
+
+
+class GradientDevice(Device, Protocol):
+    """A device that runs launches of both kinds. The mode belongs to the launch, not to the process."""
+
+    def launch_gradients(self, work: GradientWork) -> None:
+        """Queue work behind the plans launched so far; it does not count as unresolved."""
+        ...
+
+    def gradients_resolved(self) -> list[GradientsResolved]:
+        """Take what has ended, in order. `fileno` turns readable for it, too."""
         ...
