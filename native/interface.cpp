@@ -131,6 +131,17 @@ TANDEM_EXPORT std::int32_t tandem_rms_norm(Runtime* runtime, std::int64_t rows, 
     });
 }
 
+// silu(gate) * up: what a gated linear makes of its halves, to the bit.
+TANDEM_EXPORT std::int32_t tandem_gate(Runtime* runtime, std::int64_t rows, std::int64_t width, const float* gate,
+                                       std::int64_t gate_stride, const float* up, std::int64_t up_stride,
+                                       float* outputs) {
+    return guarded([&] {
+        Program program;
+        add_gate(program, *runtime, {gate, gate_stride, up, up_stride, outputs, rows, width, 0});
+        runtime->pool.run(program);
+    });
+}
+
 // `packed`: null for a plain table [vocabulary, width]. 2 if a token id is not in the vocabulary.
 TANDEM_EXPORT std::int32_t tandem_embedding(Runtime* runtime, const void* table, std::int32_t element,
                                             const TandemLinear* packed, std::int64_t vocabulary,

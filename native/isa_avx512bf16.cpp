@@ -27,5 +27,5 @@ void linear(const tandem::LinearTask& task, std::int64_t number, float* scratch)
 const tandem::Kernels tandem::kKernelsAvx512Bf16 = {
     "avx512bf16", kStripRows,    true,            96,         pack_panel,          unpack_panel, strip_of_inputs,
     linear,       rms_norm_rows, embed_rows, rope_and_store_rows, attend_tile_by_type,  merge_tile_by_type,
-    read_memory,  multiply,
+    read_memory,  multiply,     gate_rows,
 };

@@ -72,6 +72,16 @@ struct NormTask {
     float epsilon;
 };
 
+// silu(gate) * up, value by value.
+struct GateTask {
+    const float* gate;
+    std::int64_t gate_stride;
+    const float* up;
+    std::int64_t up_stride;
+    float* outputs;
+    std::int64_t rows, width, rows_per_task;
+};
+
 struct EmbeddingTask {
     const void* table;  // [vocabulary, width]
     PackedShape packed; // panels == 0: the table is plain
@@ -164,6 +174,7 @@ struct Kernels {
     void (*merge)(const MergeTask&, std::int64_t task, float* scratch);
     double (*read)(const float* from, std::int64_t count);       // probe of the read bandwidth
     double (*multiply)(std::int64_t rounds, bool pairs);         // probe of the multiplication rate: flops done
+    void (*gate)(const GateTask&, std::int64_t task);
 };
 
 extern const Kernels kKernelsAvx2;

@@ -113,6 +113,13 @@ void add_rms_norm(Program& program, Runtime& runtime, NormTask task) {
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.rms_norm(task, number); }});
 }
 
+void add_gate(Program& program, Runtime& runtime, GateTask task) {
+    if (task.rows == 0) return;
+    task.rows_per_task = rows_per_task(task.rows, 8 * task.width, runtime.pool.threads());
+    program.push_back({ceil_div(task.rows, task.rows_per_task),
+                       [task, &runtime](std::int64_t number, int) { runtime.kernels.gate(task, number); }});
+}
+
 void add_embedding(Program& program, Runtime& runtime, EmbeddingTask task) {
     if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, 4 * task.width, runtime.pool.threads());

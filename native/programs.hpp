@@ -39,6 +39,7 @@ void need_linear_scratch(Runtime& runtime, std::int64_t rows);
 void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, std::int64_t rows, Matrix inputs,
                 Matrix outputs, bool add_to_outputs);
 void add_rms_norm(Program& program, Runtime& runtime, NormTask task);
+void add_gate(Program& program, Runtime& runtime, GateTask task);
 void add_embedding(Program& program, Runtime& runtime, EmbeddingTask task);
 
 // Rows of one task, so that its work is worth handing out.

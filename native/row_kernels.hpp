@@ -49,6 +49,21 @@ void rms_norm_rows(const NormTask& task, std::int64_t number) {
     }
 }
 
+// The same operations as the epilogue of a gated linear.
+void gate_rows(const GateTask& task, std::int64_t number) {
+    const std::int64_t first = number * task.rows_per_task;
+    const std::int64_t last = least_of(task.rows, first + task.rows_per_task);
+    for (std::int64_t row = first; row < last; ++row) {
+        const float* gate = task.gate + row * task.gate_stride;
+        const float* up = task.up + row * task.up_stride;
+        float* to = task.outputs + row * task.width;
+        for (std::int64_t i = 0; i < task.width; i += kLanes) {
+            const std::int64_t count = task.width - i;
+            store_up_to(to + i, silu(load_up_to(gate + i, count)) * load_up_to(up + i, count), count);
+        }
+    }
+}
+
 TANDEM_INLINE float widened(std::uint16_t value) {
     const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
     float wide;

@@ -28,6 +28,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "compute type; auto: the best for this device")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
     ops: OperatorChoice = setting("auto", "operators; auto: the C++ ones where this CPU has kernels, else reference")
+    adapters: tuple[str, ...] = setting((), "LoRA adapters in PEFT format, name=folder, comma separated")
     max_context_tokens: int = setting(0, "cut of the model's context length; 0: the model's own", low=0)
     threads: int = setting(0, "compute threads of a worker, all replicas; 0: the CPUs it may use", low=0, high=1024)
 
@@ -71,6 +72,16 @@ class ParallelConfig:
     )
     start_seconds: float = setting(600.0, "how long ranks wait for each other while they start", low=1.0)
     collective_seconds: float = setting(60.0, "a rank that is stuck for this long ends the worker", low=0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    max_adapters: int = setting(32, "adapters that a worker serves, trained ones included", low=1, high=4096)
+    folder: str = setting("", "where adapters trained here are saved; empty: training is refused")
+    device_share: float = setting(0.3, "most of the time that training takes from the device", low=0.01, high=1.0)
+    max_examples: int = setting(100_000, "examples of one training", low=1, high=10_000_000)
+    max_text_bytes: int = setting(64 << 20, "text of one training, bytes", low=1, high=1 << 30)
+    max_sequence_tokens: int = setting(1024, "longest example; what is longer is cut", low=2, high=1 << 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +140,7 @@ class ServerConfig:
         0.0, "how long a stopping gateway still takes new requests, until nobody sends it any", low=0.0
     )
     reflection: bool = setting(True, "gRPC server reflection")
+    admin: bool = setting(False, "AdminService on a worker's gRPC port: whoever reaches it may train adapters")
     drain_seconds: float = setting(30.0, "how long a stopping program waits for its requests", low=0.0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
     log_format: Literal["text", "json"] = setting("text", "form of the log lines")
@@ -187,6 +199,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)

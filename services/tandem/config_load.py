@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from tandem.config import Config, ParallelConfig, TlsConfig
-from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, suggestion
+from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, is_adapter_name, suggestion
 from tandem.errors import ConfigError
 
 Program = Literal["gateway", "prefill", "decode", "unified"]
@@ -27,12 +27,15 @@ Program = Literal["gateway", "prefill", "decode", "unified"]
 FILE_VARIABLE = "TANDEM_CONFIG"
 MAX_FILE_BYTES = 1 << 20
 
-_WORKER_SECTIONS = ("model", "scheduler", "parallel", "cache", "handoff", "transfer", "server", "tls", "telemetry")
+_WORKER_SECTIONS = (
+    *("model", "scheduler", "parallel", "cache", "lora"),
+    *("handoff", "transfer", "server", "tls", "telemetry"),
+)
 PROGRAM_SECTIONS: dict[Program, tuple[str, ...]] = {
     "gateway": ("model", "gateway", "discovery", "server", "tls", "telemetry"),
     "prefill": _WORKER_SECTIONS,
     "decode": _WORKER_SECTIONS,
-    "unified": ("model", "scheduler", "parallel", "cache", "server", "tls", "telemetry"),
+    "unified": ("model", "scheduler", "parallel", "cache", "lora", "server", "tls", "telemetry"),
 }
 _WILDCARDS = ("0.0.0.0", "::", "")
 SHORT_FLAGS = {
@@ -216,6 +219,7 @@ def _check_together(program: Program, config: Config) -> list[str]:
     if program == "gateway":
         faults += _check_discovery(config)
     faults += _check_parallel(config)
+    faults += _check_adapters(config)
     faults += _check_tls(config.tls)
     endpoint = config.telemetry.otlp_endpoint
     if endpoint and not _is_endpoint(endpoint):
@@ -288,6 +292,23 @@ def _check_remote_ranks(parallel: ParallelConfig) -> list[str]:
         faults.append("parallel.token_file: ranks that are started elsewhere prove themselves by a shared secret")
     if not parallel.trusted_network:
         faults.append("parallel.trusted_network: tensors travel bare to ranks elsewhere; say that nobody else is there")
+    return faults
+
+
+def _check_adapters(config: Config) -> list[str]:
+    names, faults = [], []
+    for entry in config.model.adapters:
+        name, separator, folder = entry.partition("=")
+        if not separator or not folder or not is_adapter_name(name):
+            faults.append(f"model.adapters: {entry!r} is not name=folder, the name of letters, digits and ._-")
+        names.append(name)
+    faults += [f"model.adapters: {name} is there twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    if len(names) > config.lora.max_adapters:
+        faults.append(f"model.adapters: {len(names)} adapters, lora.max_adapters is {config.lora.max_adapters}")
+    parallel = config.parallel
+    for size_name in ("tensor_size", "pipeline_size", "expert_size") if names else ():
+        if getattr(parallel, size_name) > 1:
+            faults.append(f"model.adapters: not with parallel.{size_name} {getattr(parallel, size_name)}, only with 1")
     return faults
 
 

@@ -88,6 +88,7 @@ class Rig:
         peers: tuple[PrefillPeer, ...] = (),
         timeout: float | None = None,
         salt: str = "",
+        adapter: str = "",
         **sampling: Any,
     ) -> list[object]:
         """Submit a request; a prompt given by its length has tokens of its own."""
@@ -101,6 +102,7 @@ class Rig:
                 peers=peers,
                 timeout_seconds=timeout,
                 cache_salt=salt,
+                adapter=adapter,
             )
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -15,7 +17,7 @@ SIZE = 2
 NUM_PAGES = 9
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=8)
 SALTS = st.sampled_from(["", "a"])
-Prefix = tuple[str, tuple[int, ...]]
+Prefix = tuple[Hashable, tuple[int, ...]]
 
 
 def request_of(tokens: list[int], salt: str = "", **sampling: int) -> Request:

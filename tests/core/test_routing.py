@@ -92,3 +92,16 @@ def test_dispatching_one_by_one_fills_evenly(loads: list[int], count: int) -> No
         index = int(chosen.decode)
         assert counts[index] == min(counts)
         counts[index] += 1
+
+
+def test_both_sides_have_the_adapter() -> None:
+    having: dict[str, Any] = {"adapters": frozenset({"a"})}
+    fleet = (
+        worker("d1"),
+        worker("d2", inflight=5, **having),
+        worker("p1", "prefill"),
+        worker("p2", "prefill", **having),
+    )
+    assert route(*fleet) == Route("d1", ("p1", "p2"))
+    assert route(*fleet, adapter="a") == Route("d2", ("p2",))
+    assert route(*fleet, adapter="b") is None

@@ -83,7 +83,6 @@ CASES: list[tuple[str, pb.GenerateRequest]] = [
     ("output.logprobs", pb.GenerateRequest(text="x", output=pb.OutputOptions(logprobs=21))),
     ("output.prompt_logprobs", pb.GenerateRequest(text="x", output=pb.OutputOptions(prompt_logprobs=21))),
     ("hints.cache_salt", pb.GenerateRequest(text="x", hints=pb.RoutingHints(cache_salt="s" * 257))),
-    ("lora_adapter", pb.GenerateRequest(text="x", lora_adapter="a")),
     ("request_id", pb.GenerateRequest(text="x", request_id="a\nb")),
     ("request_id", pb.GenerateRequest(text="x", request_id="a" * 129)),
 ]
@@ -97,7 +96,6 @@ CHATS: list[tuple[str, pb.ChatRequest]] = [
     ("messages[0].content", pb.ChatRequest(messages=[said(pb.ContentPart(audio=pb.MediaRef(url="u")))])),
     ("tools", pb.ChatRequest(messages=[said()], tools=[pb.Tool(name="t")] * 257)),
     ("tool_choice", pb.ChatRequest(messages=[said()], tool_choice="required")),
-    ("lora_adapter", pb.ChatRequest(messages=[said()], lora_adapter="a")),
     (
         "chat_template_kwargs",
         pb.ChatRequest(

@@ -176,7 +176,8 @@ def valid_open() -> handoff_pb2.Open:
         ("tokens_held", 3),
         ("fingerprint", "x" * 1000),
         ("cache_salt", "x" * 1000),
-        ("lora_adapter", "a"),
+        ("lora_adapter", "x" * 129),
+        ("lora_digest", "x" * 129),
     ],
 )
 def test_open_that_no_importer_sends(field: str, value: Any) -> None:

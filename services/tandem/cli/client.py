@@ -53,6 +53,7 @@ async def generate(arguments: argparse.Namespace) -> int:
     """Continue a text or a list of token ids."""
     request = inference_pb2.GenerateRequest(
         model=arguments.model,
+        lora_adapter=arguments.adapter,
         sampling=_sampling(arguments),
         stop=inference_pb2.StopConditions(stop=arguments.stop),
         output=inference_pb2.OutputOptions(return_timing=True, return_token_ids=True),
@@ -68,6 +69,7 @@ async def chat(arguments: argparse.Namespace) -> int:
     """Answer one message, in the model's chat template."""
     request = inference_pb2.ChatRequest(
         model=arguments.model,
+        lora_adapter=arguments.adapter,
         sampling=_sampling(arguments),
         stop=inference_pb2.StopConditions(stop=arguments.stop),
         output=inference_pb2.OutputOptions(return_timing=True),

@@ -13,6 +13,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"gateway, host:port (default {DEFAULT_ADDRESS})")
     add_tls_options(parser)
     parser.add_argument("--model", default="", help="name of a served model; left out: the only one")
+    parser.add_argument("--adapter", default="", metavar="NAME", help="LoRA adapter; left out: the model as it is")
     parser.add_argument("--max-tokens", type=int, help="longest answer; left out: the gateway's default")
     parser.add_argument("--temperature", type=float, help="0 is greedy; left out: the model's default")
     parser.add_argument("--top-p", type=float, help="left out: the model's default")

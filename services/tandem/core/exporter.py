@@ -238,12 +238,14 @@ class Exporter:
             return self._refusal_to_create(open_, now)
         if open_.attempt <= export.open.attempt:
             return EndCode.STALE_ATTEMPT, f"attempt {open_.attempt} is not above {export.open.attempt}"
-        same = (export.open.prompt_token_ids, export.open.output_tokens)
-        if (open_.prompt_token_ids, open_.output_tokens) != same:
+        same = (export.open.prompt_token_ids, export.open.output_tokens, export.open.adapter_digest)
+        if (open_.prompt_token_ids, open_.output_tokens, open_.adapter_digest) != same:
             return EndCode.INVALID, "another attempt of this hand-off carried other tokens"
         return None
 
     def _refusal_to_create(self, open_: Open, now: float) -> tuple[EndCode, str] | None:
+        if not self._ledger.adapters.has(open_.adapter_digest):
+            return EndCode.MISMATCH, f"adapter {open_.adapter!r} ({open_.adapter_digest[:12]}) is not loaded here"
         if self._book.has_ended(open_.handoff_id, now):
             return EndCode.STALE_ATTEMPT, "this hand-off has ended"
         if self.draining:
@@ -264,6 +266,8 @@ class Exporter:
             num_prompt=len(tokens) - open_.output_tokens,
             num_given=open_.output_tokens,
             salt=open_.cache_salt,
+            adapter=open_.adapter_digest,
+            adapter_name=open_.adapter,
             deadline=None if open_.timeout_seconds is None else now + open_.timeout_seconds,
             marks=Marks(arrived=now),
             is_export=True,

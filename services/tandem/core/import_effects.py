@@ -31,6 +31,8 @@ def open_stream(imp: Import, settings: SchedulerSettings, transports: tuple[str,
         transports=transports,
         checksums=(settings.checksum,),
         cache_salt=request.salt,
+        adapter=request.adapter_name,
+        adapter_digest=request.adapter,
         timeout_seconds=None if request.deadline is None else max(0.0, request.deadline - now),
     )
     return OpenStream(imp.stream_id, peer.address, peer.instance_id, opened)

@@ -45,7 +45,7 @@ class KvCache:
         assert not request.pages
         if not self._enabled or request.wants_prompt_logprobs:
             return 0
-        path = self.tree.match(request.tokens, request.salt, max_tokens)
+        path = self.tree.match(request.tokens, request.prefix_root, max_tokens)
         if not path:
             return 0
         pages = [node.page for node in path]
@@ -74,7 +74,7 @@ class KvCache:
         while request.tree_open and (request.num_in_tree + 1) * size <= request.num_computed:
             index = request.num_in_tree
             key = tuple(request.tokens[index * size : (index + 1) * size])
-            node = self.tree.insert(request.path_end, request.salt, key, request.pages[index])
+            node = self.tree.insert(request.path_end, request.prefix_root, key, request.pages[index])
             if node is None:
                 request.tree_open = False
                 return

@@ -10,6 +10,7 @@ from bisect import insort
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from tandem.core.adapters import Adapters
 from tandem.core.kv_cache import KvCache
 from tandem.core.messages.requests import Ended, EndReason, Timing, Tokens
 from tandem.core.messages.sampling import TokenLogprob
@@ -81,6 +82,7 @@ class Ledger:
         self.counters = Counters()
         self.tallies = Tallies()
         self.timers = Timers()
+        self.adapters = Adapters(settings.adapters)
         self._slots = list(range(settings.scheduler.max_running_requests - 1, -1, -1))
         self._seq = 0
 

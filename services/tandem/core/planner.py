@@ -164,6 +164,7 @@ class Planner:
             prompt_logprobs=logprobs,
             next_token_id=request.tokens[end] if logprobs is not None and not is_last else None,
             zero_tail=is_last and request.is_export and end % self._settings.page_tokens != 0,
+            adapter=request.adapter,
         )
 
     def _decode_row(self, request: Request, now: float) -> Row | None:
@@ -181,6 +182,7 @@ class Planner:
             token_ids=(request.tokens[start],) if known else (),
             pages=request.page_table,
             sample=self._sample(request),
+            adapter=request.adapter,
         )
 
     def _may_speculate(self, request: Request) -> bool:

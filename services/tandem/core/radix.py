@@ -8,7 +8,7 @@ used first. A request that holds a node holds its whole path, so an unreferenced
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from tandem.core.pages import PagePool
 
@@ -21,7 +21,7 @@ class Node:
 
     __slots__ = ("children", "fence", "key", "page", "parent", "salt", "used")
 
-    def __init__(self, page: int, key: tuple[int, ...], parent: Node | None, salt: str) -> None:
+    def __init__(self, page: int, key: tuple[int, ...], parent: Node | None, salt: Hashable) -> None:
         self.page = page
         self.salt = salt
         self.key = key
@@ -32,12 +32,12 @@ class Node:
 
 
 class PrefixTree:
-    """Prefixes by cache salt. Shares the pool's view of who holds what."""
+    """Prefixes by cache salt and adapter (`salt` stands for both). Shares the pool's view of who holds what."""
 
     def __init__(self, pool: PagePool, page_tokens: int) -> None:
         self._pool = pool
         self._page_tokens = page_tokens
-        self._roots: dict[str, Node] = {}
+        self._roots: dict[Hashable, Node] = {}
         self._nodes: dict[int, Node] = {}  # by page
         self._leaves: list[tuple[int, int]] = []  # heap of (used, page); stale entries are skipped
         self._tick = 0
@@ -45,7 +45,7 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def match(self, token_ids: Sequence[int], salt: str, max_tokens: int) -> list[Node]:
+    def match(self, token_ids: Sequence[int], salt: Hashable, max_tokens: int) -> list[Node]:
         """Return the nodes of the longest cached prefix of at most `max_tokens` tokens. Changes nothing."""
         node = self._roots.get(salt)
         path: list[Node] = []
@@ -58,7 +58,7 @@ class PrefixTree:
                 path.append(node)
         return path
 
-    def insert(self, parent: Node | None, salt: str, key: tuple[int, ...], page: int) -> Node | None:
+    def insert(self, parent: Node | None, salt: Hashable, key: tuple[int, ...], page: int) -> Node | None:
         """Add a held page below `parent` (None: the root of `salt`; prefixes of different salts never meet).
 
         Returns None if these tokens are there already, in another page.

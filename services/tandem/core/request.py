@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from tandem.core.messages.requests import PrefillPeer
@@ -46,6 +47,8 @@ class Request:
     salt: str
     deadline: float | None
     marks: Marks
+    adapter: str = ""  # digest of its LoRA adapter
+    adapter_name: str = ""
     num_given: int = 0  # outputs that the request brought along
     peers: tuple[PrefillPeer, ...] = ()
     is_export: bool = False  # prefill: belongs to a hand-off; its pages do, too
@@ -77,6 +80,11 @@ class Request:
     @property
     def num_outputs(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def prefix_root(self) -> Hashable:
+        """What its cached pages may be shared with: equal salts, and the same adapter or none."""
+        return (self.adapter, self.salt) if self.adapter else self.salt
 
     @property
     def wants_prompt_logprobs(self) -> bool:

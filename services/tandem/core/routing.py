@@ -20,6 +20,7 @@ class WorkerView:
     ready: bool
     instance_id: bytes = b""
     fingerprint: str = ""
+    adapters: frozenset[str] = frozenset()  # digests
     max_req_input_len: int = 0  # 0: not known, accepts all
     max_running_requests: int = 0
     load: LoadSnapshot = LoadSnapshot()
@@ -46,12 +47,15 @@ def choose_route(
     prompt_tokens: int,
     max_prefill_peers: int,
     excluded: frozenset[bytes] = frozenset(),
+    adapter: str = "",
 ) -> Route | None:
     """Return where a prompt of this length goes; None if no decode or unified worker can take it.
 
     `excluded` are lives (instance ids) of workers that have failed this request already: one that has been started
-    again at the same address is another worker. Equal loads are decided by address.
+    again at the same address is another worker. Equal loads are decided by address. `adapter` is the digest of the
+    LoRA adapter that both sides must have.
     """
+    fleet = [worker for worker in fleet if not adapter or adapter in worker.adapters]
     owners = [
         worker
         for worker in fleet

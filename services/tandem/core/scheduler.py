@@ -24,6 +24,7 @@ from tandem.core.messages import handoff, plans, requests, transfer
 from tandem.core.messages.handoff import EndCode
 from tandem.core.messages.plans import Plan
 from tandem.core.messages.requests import Cancel, Drain, Ended, EndReason, Submit
+from tandem.core.messages.worker import AdaptersChanged
 from tandem.core.planner import Admission, Planner
 from tandem.core.policy import Fences
 from tandem.core.request import Marks, Request
@@ -80,6 +81,7 @@ class Scheduler:
             Cancel: self._cancel,
             Drain: self._drain,
             Tick: _ignore,
+            AdaptersChanged: self._adapters_changed,
             transfer.TransferReady: _ignore,
             transfer.TransferLost: _ignore,
             plans.PlanResolved: self._planner.resolved,
@@ -197,6 +199,8 @@ class Scheduler:
             num_prompt=len(prompt),
             num_given=len(outputs),
             salt=event.cache_salt,
+            adapter=ledger.adapters.digest_of(event.adapter),
+            adapter_name=event.adapter,
             deadline=None if event.timeout_seconds is None else now + event.timeout_seconds,
             marks=Marks(arrived=now),
             peers=event.peers,
@@ -215,6 +219,9 @@ class Scheduler:
             return Ended(request_id=event.request_id, reason=EndReason.DRAINED, message="this worker is draining")
         if self._exporter is not None:
             return _rejected(event, "", "a prefill worker takes hand-offs, not requests")
+        fault = self._ledger.adapters.fault(event.adapter, event.adapter_digest)
+        if fault:
+            return _rejected(event, "lora_adapter", fault)
         if not 0 < length <= settings.max_req_input_len:
             return _rejected(
                 event, "prompt", f"prompt of {length} tokens; 1 to {settings.max_req_input_len} are served"
@@ -262,6 +269,13 @@ class Scheduler:
             for request in list(self._ledger.requests.values()):
                 if request.state in _NOT_BEGUN:
                     self._end_early(request, EndReason.DRAINED, EndCode.DRAINING, "the worker is stopping")
+
+    def _adapters_changed(self, event: AdaptersChanged, now: float) -> None:
+        self._ledger.adapters.change(event.adapters)
+
+    def adapters_in_use(self) -> frozenset[str]:
+        """Digests that a name stands for, or that a live request is computed with: the device must keep these."""
+        return self._ledger.adapters.digests | {request.adapter for request in self._ledger.requests.values()} - {""}
 
     def _fallback(self, event: transfer.TransportFallback, now: float) -> None:
         self._ledger.counters.transfer_fallbacks += 1

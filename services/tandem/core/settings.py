@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tandem.config import HandoffConfig, Role, SchedulerConfig
 from tandem.core.messages.handoff import Sharding
+from tandem.core.messages.worker import AdapterInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class SchedulerSettings:
     num_layers: int = 1  # of the whole model, like num_kv_heads
     num_kv_heads: int = 1
     checksum: str = "xxh3-64"
+    adapters: tuple[AdapterInfo, ...] = ()  # at the start
 
     @property
     def max_total_num_tokens(self) -> int:

@@ -12,6 +12,7 @@ from tandem.core.messages.sampling import SamplingParams, TokenLogprob
 from tandem.engine.batch import PlanTokens, build_batch
 from tandem.engine.collectives import RankLinks
 from tandem.engine.logprobs import token_logprobs
+from tandem.engine.lora.adapters import AdapterStore
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.sampler import sample_tokens
 
@@ -37,10 +38,16 @@ class PlanRunner:
     """
 
     def __init__(
-        self, decoder: Decoder, pool: torch.Tensor, max_running_requests: int, links: RankLinks | None = None
+        self,
+        decoder: Decoder,
+        pool: torch.Tensor,
+        max_running_requests: int,
+        links: RankLinks | None = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
         self._decoder = decoder
         self._links = links or RankLinks()
+        self._adapters = adapters
         self._pool = pool
         self._page_tokens = pool.shape[4]
         self._last_tokens = torch.zeros(max_running_requests, dtype=torch.int64, device=pool.device)
@@ -48,8 +55,9 @@ class PlanRunner:
     def launch(self, plan: Plan) -> Launched:
         """Issue a plan's work: KV into the pool, sampled tokens into the slots. On a CPU it is done on return."""
         tokens = build_batch(plan, self._page_tokens)
+        adapters = self._adapters.rows_of(plan, tokens.batch.offsets) if self._adapters is not None else ()
         residual = self._inputs(tokens)
-        self._decoder.run_layers(residual, tokens.batch, self._pool)
+        self._decoder.run_layers(residual, tokens.batch, self._pool, adapters)
         for row in plan.rows:
             if row.zero_tail:
                 self._zero_tail(row)

@@ -19,6 +19,7 @@ from tandem.engine.device import Device
 from tandem.engine.heap import keep_freed_memory
 from tandem.engine.host import available_memory_bytes
 from tandem.engine.location import Checkpoint, locate_checkpoint
+from tandem.engine.lora.start import LoraEngine, load_adapters
 from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.part import ModelPart
 from tandem.engine.models.spec import DecoderSpec, read_spec
@@ -53,6 +54,7 @@ class Engine:
     numerics: str
     operators: str
     weight_bytes: int
+    lora: LoraEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def start_engine(
             # The C++ operators have threads of their own; torch has little left to do, its pool would be in the way.
             torch.set_num_threads(1 if operators.packs_weights else num_threads)
             decoder = _build_decoder(loaded, part, operators, links, progress)
+        lora = load_adapters(config, loaded.spec, decoder, operators, checkpoint.folder, device, progress)
         numerics = numerics_id(operators.numerics, loaded.dtype, config.parallel)
         one_page = _one_page(config, loaded, part)
         fingerprint = one_page.fingerprint(loaded.digest, spec.num_layers, spec.num_kv_heads)
@@ -100,7 +103,7 @@ def start_engine(
         layout = _agree(links, _sized_layout(config, loaded, one_page, operators, decoder, device))
         progress(f"KV pool: {layout.num_pages} pages of {layout.page_tokens} tokens, {layout.pool_bytes / 1e9:.2f} GB")
         memory = PoolMemory.create(layout.pool_bytes)
-        ready = _build_device(config, decoder, memory, layout, device, num_threads, links)
+        ready = _build_device(config, decoder, lora, memory, layout, device, num_threads, links)
     return Engine(
         device=ready,
         memory=memory,
@@ -110,12 +113,14 @@ def start_engine(
         numerics=numerics,
         operators=operators.name,
         weight_bytes=loaded.weights.num_bytes,
+        lora=lora,
     )
 
 
 def _build_device(
     config: Config,
     decoder: Decoder,
+    lora: LoraEngine,
     memory: PoolMemory,
     layout: KvLayout,
     device: torch.device,
@@ -124,11 +129,11 @@ def _build_device(
 ) -> Device:
     shared = host_pool(memory, layout)
     if device.type == "cpu":
-        runner = PlanRunner(decoder, shared, config.scheduler.max_running_requests, links)
+        runner = PlanRunner(decoder, shared, config.scheduler.max_running_requests, links, lora.store)
         runner.warm_up()
         return CpuDevice(runner, num_threads)
     pool = torch.zeros(shared.shape, dtype=shared.dtype, device=device)
-    runner = PlanRunner(decoder, pool, config.scheduler.max_running_requests, links)
+    runner = PlanRunner(decoder, pool, config.scheduler.max_running_requests, links, lora.store)
     runner.warm_up()
     return CudaDevice(runner, pool, shared)
 

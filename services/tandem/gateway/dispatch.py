@@ -106,11 +106,13 @@ class Dispatcher:
             prompt_tokens=len(prepared.prompt_token_ids),
             max_prefill_peers=self._max_prefill_peers,
             excluded=excluded,
+            adapter=prepared.adapter_digest,
         )
         if route is None:
-            raise NoWorker("no decode worker is ready")
+            having = f" with adapter {prepared.adapter!r}" if prepared.adapter else ""
+            raise NoWorker(f"no decode worker{having} is ready")
         by_address = {view.address: view for view in views}
-        peers = self._peers(self._prefill(route, by_address, handoffs), handoffs, len(output))
+        peers = self._peers(self._prefill(route, by_address, handoffs, prepared.adapter_digest), handoffs, len(output))
         submit = Submit(
             request_id=0,
             prompt_token_ids=token_ids.pack(prepared.prompt_token_ids),
@@ -120,6 +122,8 @@ class Dispatcher:
             timeout_seconds=timeout_seconds,
             priority=prepared.priority,
             cache_salt=prepared.cache_salt,
+            adapter=prepared.adapter,
+            adapter_digest=prepared.adapter_digest,
         )
         owner = self._fleet.worker(route.decode)
         stream = SequenceStream(self._stream_buffer_tokens, notify)
@@ -132,7 +136,9 @@ class Dispatcher:
             assignment.prefill.prefill_tokens += assignment.prompt_tokens
         return assignment
 
-    def _prefill(self, route: Route, views: dict[str, WorkerView], handoffs: Handoffs) -> list[WorkerView]:
+    def _prefill(
+        self, route: Route, views: dict[str, WorkerView], handoffs: Handoffs, adapter: str
+    ) -> list[WorkerView]:
         """Return who may compute the prompt: those that know this answer, then those of the route.
 
         One that knows it is named even if it takes no new work: it keeps what it has.
@@ -146,6 +152,7 @@ class Dispatcher:
             for view in views.values()
             if view.role == "prefill"
             and view.fingerprint == owner.fingerprint
+            and (not adapter or adapter in view.adapters)
             and view.instance_id not in owner.load.fenced_instance_ids
         }
         known = [by_life[life] for life in handoffs.instance_ids if life in by_life]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
+from tandem.core.messages.worker import WorkerInfo
 from tandem.core.routing import WorkerView
 from tandem.gateway.limits import ModelLimits
 from tandem.gateway.membership import Endpoint
@@ -53,6 +55,7 @@ class Worker:
             ready=info.state == "ready" and not self.draining and not self.refused,
             instance_id=info.instance_id,
             fingerprint=info.fingerprint,
+            adapters=frozenset(adapter.digest for adapter in info.adapters),
             max_req_input_len=info.max_req_input_len,
             max_running_requests=info.max_running_requests,
             load=session.load,
@@ -82,6 +85,7 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._on_change = on_change
         self._limits = ModelLimits()
+        self._adapters: dict[str, str] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -153,6 +157,11 @@ class Fleet:
         """What the most capable ready owner takes; the last known while there is none."""
         return self._limits
 
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """Adapters that ready owners serve: name to digest; the last known while there is no owner."""
+        return self._adapters
+
     def _changed(self) -> None:
         for worker in self._workers.values():
             self._check_model(worker)
@@ -166,6 +175,7 @@ class Fleet:
                 vocab_size=min(info.vocab_size for info in owners),
                 eos_token_ids=owners[0].eos_token_ids,
             )
+            self._adapters = _adapters(owners)
         if len({info.fingerprint for info in owners}) > 1:
             _logger.warning("ready workers have different fingerprints: is it one model?")
         self._on_change()
@@ -179,3 +189,9 @@ class Fleet:
         if why != worker.refused:
             _logger.error("worker %s is not used: %s", worker.address, why)
         worker.refused = why
+
+
+def _adapters(owners: Sequence[WorkerInfo]) -> dict[str, str]:
+    """By name, the weights that most owners have under it: while a name changes its weights, both are there."""
+    counts = Counter((adapter.name, adapter.digest) for info in owners for adapter in info.adapters)
+    return {name: digest for (name, digest), _ in sorted(counts.items(), key=lambda item: (item[1], item[0]))}

@@ -154,6 +154,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             default_sampling=defaults,
             ready_prefill_workers=self._fleet.count_ready("prefill"),
             ready_decode_workers=self._fleet.count_ready("decode", "unified"),
+            lora_adapters=sorted(self._fleet.adapters),
         )
         return pb.ListModelsResponse(models=[model])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2
@@ -19,7 +19,10 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 
 
 class Preparation:
-    """Prepares requests for one model. `limits()` is what the workers take now; `seed()` mints a seed."""
+    """Prepares requests for one model. `limits()` is what the workers take now; `seed()` mints a seed.
+
+    `adapters()` are those that workers serve now, name to digest.
+    """
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class Preparation:
         limits: Callable[[], ModelLimits],
         max_prompt_bytes: int,
         seed: Callable[[], int] = lambda: secrets.randbits(SEED_BITS),
+        adapters: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self.model = files.name
         self.default_sampling: SamplingParams = validation.default_sampling(files.generation_config)
@@ -38,6 +42,7 @@ class Preparation:
         self._limits = limits
         self._max_prompt_bytes = max_prompt_bytes
         self._seed = seed
+        self._adapters = adapters
 
     def limits(self) -> ModelLimits:
         """What the workers take, with the model's own facts where no worker has spoken yet."""
@@ -83,6 +88,7 @@ class Preparation:
         *,
         echo: str,
     ) -> Prepared:
+        digest = validation.adapter_digest(request.lora_adapter, self._adapters())
         limits = self.limits()
         validation.check_prompt(token_ids, limits, field)
         sampling = validation.resolve_sampling(
@@ -110,6 +116,8 @@ class Preparation:
             echo=echo if request.output.echo_prompt else "",
             priority=request.hints.priority,
             cache_salt=request.hints.cache_salt,
+            adapter=request.lora_adapter,
+            adapter_digest=digest,
             traceparent=traceparent,
         )
 

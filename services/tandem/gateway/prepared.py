@@ -37,6 +37,8 @@ class Prepared:
     echo: str = ""  # text before the answer's own
     priority: int = 0
     cache_salt: str = ""
+    adapter: str = ""  # name of a LoRA adapter
+    adapter_digest: str = ""  # the same weights in all lives of the request
     traceparent: str = ""
 
 

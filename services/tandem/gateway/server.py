@@ -182,7 +182,11 @@ def _resumption_rules(config: Config, metrics: GatewayMetrics) -> ResumptionRule
 def _preparation(config: Config, files: ModelFiles, tokenizer: Tokenizer, fleet: Fleet) -> Preparation:
     try:
         return Preparation(
-            files, tokenizer, limits=lambda: fleet.limits, max_prompt_bytes=config.gateway.max_prompt_bytes
+            files,
+            tokenizer,
+            limits=lambda: fleet.limits,
+            adapters=lambda: fleet.adapters,
+            max_prompt_bytes=config.gateway.max_prompt_bytes,
         )
     except InvalidRequest as error:
         raise ConfigError(f"model.path: generation_config.json of {files.folder}: {error.message}") from error

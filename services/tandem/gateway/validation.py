@@ -27,6 +27,7 @@ from tandem.rpc.convert_sampling import sampling_from_proto
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.sampling_rules import check_sampling, check_token_ids
 
+MAX_ADAPTERS_SHOWN = 16
 DEFAULT_MAX_TOKENS = 1 << 20  # where no worker has told its limits yet
 _MEDIA = ("image", "audio", "video")
 
@@ -35,6 +36,14 @@ def check_model(model: str, served: Sequence[str]) -> None:
     """Raise NotFound for another model than the one that is served."""
     if model and model not in served:
         raise NotFound(f"model {model!r} is not served here; {served[0]!r} is", field="model")
+
+
+def adapter_digest(name: str, served: Mapping[str, str]) -> str:
+    """Return the digest of the adapter that a request names, empty for none; raises NotFound if nobody serves it."""
+    if name and name not in served:
+        known = ", ".join(sorted(served)[:MAX_ADAPTERS_SHOWN]) or "none"
+        raise NotFound(f"adapter {name[:64]!r} is not served here; served: {known}", field="lora_adapter")
+    return served[name] if name else ""
 
 
 def check_request_id(request_id: str) -> None:
@@ -47,7 +56,6 @@ def check_request_id(request_id: str) -> None:
 
 def check_generate(request: pb.GenerateRequest, max_prompt_bytes: int) -> None:
     """Check everything but the sampling ranges and what needs the prompt's ids."""
-    _check_adapter(request.lora_adapter)
     match request.WhichOneof("prompt"):
         case "text":
             check_text(request.text, max_prompt_bytes, "text")
@@ -60,7 +68,6 @@ def check_generate(request: pb.GenerateRequest, max_prompt_bytes: int) -> None:
 
 def check_chat(request: pb.ChatRequest, max_prompt_bytes: int) -> None:
     """Check everything but the sampling ranges and what needs the prompt's ids."""
-    _check_adapter(request.lora_adapter)
     if not request.messages:
         raise InvalidRequest("there are no messages", field="messages")
     if len(request.messages) > MAX_MESSAGES:
@@ -164,11 +171,6 @@ def default_sampling(generation_config: Mapping[str, object]) -> SamplingParams:
         params = replace(params, top_k=0)
     check_sampling(params)
     return params
-
-
-def _check_adapter(name: str) -> None:
-    if name:
-        raise _unsupported("lora_adapter", "lora_adapter")
 
 
 def _unsupported(what: str, field: str) -> InvalidRequest:

@@ -26,6 +26,7 @@ ABORT_STOP = "STOP"  # Abort.reason: a stop string matched; anything else cancel
 ID_BYTES = 16
 MAX_PREFILL_PEERS = 8
 MAX_SALT_CHARS = 256
+MAX_ADAPTER_CHARS = 128  # of a name, and of a digest
 _FINISHED = {
     EndReason.STOP: inference_pb2.FINISH_REASON_STOP,
     EndReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
@@ -50,6 +51,8 @@ def submit_to_proto(submit: Submit, *, request_name: str = "", traceparent: str 
         cache_salt=submit.cache_salt,
         traceparent=traceparent,
         output_token_ids=submit.output_token_ids,
+        lora_adapter=submit.adapter,
+        lora_digest=submit.adapter_digest,
     )
     for peer in submit.peers:
         message.prefill.add(
@@ -81,8 +84,8 @@ def submit_from_proto(message: worker_pb2.Submit, request_id: int | None = None)
         )
     if len(message.cache_salt) > MAX_SALT_CHARS:
         raise errors.InvalidRequest(f"cache_salt is longer than {MAX_SALT_CHARS} characters", field="hints.cache_salt")
-    if message.lora_adapter:
-        raise errors.InvalidRequest("adapters are not supported", field="lora_adapter", reason="UNSUPPORTED")
+    if max(len(message.lora_adapter), len(message.lora_digest)) > MAX_ADAPTER_CHARS:
+        raise errors.InvalidRequest(f"lora_adapter has more than {MAX_ADAPTER_CHARS} characters", field="lora_adapter")
     if message.sampling.WhichOneof("constraint"):
         raise errors.InvalidRequest("constrained output is not supported", field="sampling", reason="UNSUPPORTED")
     if message.stop.stop:
@@ -96,6 +99,8 @@ def submit_from_proto(message: worker_pb2.Submit, request_id: int | None = None)
         timeout_seconds=duration_from_proto(message.timeout) if message.HasField("timeout") else None,
         priority=message.priority,
         cache_salt=message.cache_salt,
+        adapter=message.lora_adapter,
+        adapter_digest=message.lora_digest,
     )
 
 

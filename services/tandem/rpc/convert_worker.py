@@ -5,7 +5,7 @@ The wire's load has what a gateway routes by; the running totals stay in the wor
 
 from __future__ import annotations
 
-from tandem.core.messages.worker import RankReady, WorkerInfo, WorkerState
+from tandem.core.messages.worker import AdapterInfo, RankReady, WorkerInfo, WorkerState
 from tandem.core.stats import LoadSnapshot, PageCounts
 from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb2
 
@@ -59,6 +59,7 @@ def worker_info(
         dtype=ready.dtype,
         operators=ready.operators,
         version=version,
+        adapters=ready.adapters,
     )
 
 
@@ -87,6 +88,7 @@ def worker_info_to_proto(info: WorkerInfo) -> worker_pb2.WorkerInfo:
         dtype=info.dtype,
         operators=info.operators,
         transport_notes=info.transport_notes,
+        lora_adapters=[worker_pb2.LoraAdapter(name=adapter.name, digest=adapter.digest) for adapter in info.adapters],
     )
 
 
@@ -115,6 +117,7 @@ def worker_info_from_proto(message: worker_pb2.WorkerInfo) -> WorkerInfo:
         dtype=message.dtype,
         operators=message.operators,
         version=message.version,
+        adapters=tuple(AdapterInfo(adapter.name, adapter.digest) for adapter in message.lora_adapters),
     )
 
 

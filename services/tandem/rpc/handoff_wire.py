@@ -36,6 +36,7 @@ ID_BYTES = 16
 MAX_NAMES = 16  # transports or checksums that one side offers
 MAX_NAME_CHARS = 64
 MAX_SALT_CHARS = 256
+MAX_ADAPTER_CHARS = 128
 MAX_FINGERPRINT_CHARS = 512
 MAX_RANKS = 1024  # exporting ranks of one worker, over every transport
 MAX_PAGES = 1 << 20  # in one announcement
@@ -75,6 +76,8 @@ def open_to_proto(opened: Open, traceparent: str = "") -> handoff_pb2.HandoffReq
             importer=_sharding_to_proto(opened.sharding),
             priority=opened.priority,
             cache_salt=opened.cache_salt,
+            lora_adapter=opened.adapter,
+            lora_digest=opened.adapter_digest,
             transports=opened.transports,
             checksums=opened.checksums,
             traceparent=traceparent,
@@ -93,8 +96,6 @@ def open_from_proto(message: handoff_pb2.Open, timeout_seconds: float | None) ->
         raise InvalidRequest("output_tokens leaves no prompt", field="output_tokens")
     if not message.tokens_held < num_tokens:
         raise InvalidRequest("tokens_held must be fewer than the prompt has", field="tokens_held")
-    if message.lora_adapter:
-        raise InvalidRequest("adapters are not supported", field="lora_adapter", reason="UNSUPPORTED")
     if message.sampling.WhichOneof("constraint"):
         raise InvalidRequest("constrained output is not supported", field="sampling", reason="UNSUPPORTED")
     return Open(
@@ -110,6 +111,8 @@ def open_from_proto(message: handoff_pb2.Open, timeout_seconds: float | None) ->
         sharding=_sharding_from_proto(message.importer),
         priority=message.priority,
         cache_salt=_text("cache_salt", message.cache_salt, MAX_SALT_CHARS),
+        adapter=_text("lora_adapter", message.lora_adapter, MAX_ADAPTER_CHARS),
+        adapter_digest=_text("lora_digest", message.lora_digest, MAX_ADAPTER_CHARS),
         transports=_names("transports", message.transports),
         checksums=_names("checksums", message.checksums),
         timeout_seconds=timeout_seconds,

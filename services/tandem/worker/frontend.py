@@ -17,7 +17,7 @@ import grpc
 from grpc import aio
 
 from tandem.core.messages.requests import CancelCause, Ended, Tokens
-from tandem.core.messages.worker import RankReady, Stats, WorkerInfo, WorkerState
+from tandem.core.messages.worker import AdaptersChanged, RankReady, Stats, WorkerInfo, WorkerState
 from tandem.core.stats import LoadSnapshot
 from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable
 from tandem.rpc import convert, convert_worker, status
@@ -103,6 +103,12 @@ class Frontend(worker_grpc.WorkerServiceServicer):
     def ended(self, ended: Ended) -> None:
         self._spans.ended(ended)
         self._table.ended(ended)
+
+    def adapters_changed(self, changed: AdaptersChanged) -> None:
+        """Take requests for these adapters from now on, and tell every session."""
+        if self._ready is not None:
+            self._ready = replace(self._ready, adapters=changed.adapters)
+            self._announce(replace(self._info, adapters=changed.adapters))
 
     def step_ended(self, step: StepEnded) -> None:
         self._table.step_ended(step.step, step.mono_ns)

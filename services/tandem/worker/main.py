@@ -23,7 +23,7 @@ from tandem.certificates import between_pods
 from tandem.config import Config, Role
 from tandem.core.merged_load import merge_loads
 from tandem.core.messages import handoff, requests
-from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
+from tandem.core.messages.worker import AdaptersChanged, RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
 from tandem.core.stats import LoadSnapshot
 from tandem.engine.host import usable_cpus
 from tandem.errors import TandemError
@@ -194,6 +194,7 @@ class _Worker:
             RankReady: self._became_ready,
             RankFailed: self._replicas.failed,
             Stats: self._reported,
+            AdaptersChanged: lambda replica, changed: frontend.adapters_changed(changed),
             StepEnded: self._step_ended,
             requests.Tokens: lambda replica, tokens: frontend.tokens(tokens),
             requests.Ended: lambda replica, ended: frontend.ended(ended),

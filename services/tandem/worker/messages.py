@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tandem.config import Config, Role
 from tandem.core.messages import handoff, requests
-from tandem.core.messages.worker import RankFailed, RankReady, StartupProgress, Stats
+from tandem.core.messages.worker import AdaptersChanged, RankFailed, RankReady, StartupProgress, Stats
 from tandem.ipc import Schema
 
 
@@ -59,6 +59,7 @@ TO_FRONTEND = Schema(
         RankFailed,
         Stats,
         StepEnded,
+        AdaptersChanged,
         requests.Tokens,
         requests.Ended,
         handoff.OpenStream,

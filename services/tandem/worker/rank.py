@@ -158,6 +158,7 @@ def _settings(start: StartRank, engine: Engine, loop: Loop) -> SchedulerSettings
         sharding=Sharding(start.config.parallel.tensor_size, start.config.parallel.pipeline_size),
         num_layers=engine.spec.num_layers,
         num_kv_heads=engine.spec.num_kv_heads,
+        adapters=engine.lora.adapters,
     )
 
 
@@ -192,6 +193,7 @@ def _ready(
         imports=transfer.imports if transfer is not None and start.role == "decode" else (),
         transport_notes=transfer.notes if transfer is not None else (),
         startup_seconds=seconds,
+        adapters=engine.lora.adapters,
     )
 
 

@@ -36,6 +36,8 @@ class Open:
     checksums: tuple[str, ...]
     priority: int = 0
     cache_salt: str = ""
+    adapter: str = ""  # name of the LoRA adapter, for people; empty: none
+    adapter_digest: str = ""  # what the exporter must have
     timeout_seconds: float | None = None  # travels as the stream's gRPC deadline
 
 

@@ -45,6 +45,7 @@ class Row:
     )
     next_token_id: int | None = None  # with prompt_logprobs: the known token after this chunk, if there is one
     zero_tail: bool = False
+    adapter: str = ""  # digest of the LoRA adapter that computes it; empty: none
 
 
 @dataclass(frozen=True, slots=True)

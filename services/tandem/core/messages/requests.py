@@ -45,6 +45,8 @@ class Submit:
     timeout_seconds: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    adapter: str = ""  # name of a LoRA adapter; empty: the model as it is
+    adapter_digest: str = ""  # the one that the gateway means by that name; empty: whichever this worker has
 
 
 class CancelCause(Enum):

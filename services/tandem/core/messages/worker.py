@@ -9,6 +9,21 @@ from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.stats import LoadSnapshot
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """A LoRA adapter that a worker serves. `digest` says which weights it has, whatever it is called."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersChanged:
+    """Every adapter that the worker serves from now on. An event of its scheduler, and news for its gateways."""
+
+    adapters: tuple[AdapterInfo, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReady:
     """Rank 0 has loaded the model, sized the pool and passed its transfer self-test; it takes requests now.
@@ -39,6 +54,7 @@ class RankReady:
     transport_notes: tuple[str, ...]
     startup_seconds: float = 0.0
     data_size: int = 1  # replicas behind one frontend
+    adapters: tuple[AdapterInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +106,4 @@ class WorkerInfo:
     dtype: str = ""
     operators: str = ""
     version: str = ""
+    adapters: tuple[AdapterInfo, ...] = ()

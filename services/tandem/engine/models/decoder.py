@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from tandem.engine.lora.adapters import AdapterRows
+from tandem.engine.lora.layers import AdaptedLayers
 from tandem.engine.models.part import ModelPart
 from tandem.engine.models.rope import inverse_frequencies
 from tandem.engine.models.spec import DecoderSpec
@@ -58,6 +60,7 @@ class Decoder:
         self._embedding, self._head = self._vocabulary(tensors)
         self._final_norm = tensors[FINAL_NORM] if self._part.has_head else None
         parts = [self._layer_parts(layer, tensors) for layer in self._part.layers]
+        self._adapted = AdaptedLayers(operators, parts, spec.norm_epsilon)
         if reduction is None:
             self._layers = operators.layers(parts, spec.norm_epsilon)
         else:
@@ -79,13 +82,15 @@ class Decoder:
     def hidden_size(self) -> int:
         return self._spec.hidden_size
 
-    def forward(self, token_ids: torch.Tensor, batch: TokenBatch, pool: torch.Tensor) -> torch.Tensor:
-        """Compute a plan's tokens and store their KV in `pool`.
+    def forward(
+        self, token_ids: torch.Tensor, batch: TokenBatch, pool: torch.Tensor, adapters: Sequence[AdapterRows] = ()
+    ) -> torch.Tensor:
+        """Compute a plan's tokens, some of them with adapters, and store their KV in `pool`.
 
         token_ids [N] int64 -> residual stream after the last layer [N, hidden] float32, not yet normed.
         """
         residual = self.embed(token_ids)
-        self.run_layers(residual, batch, pool)
+        self.run_layers(residual, batch, pool, adapters)
         return residual
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -93,9 +98,18 @@ class Decoder:
         assert self._embedding is not None, "this stage has no embedding"
         return self._embedding(token_ids)
 
-    def run_layers(self, residual: torch.Tensor, batch: TokenBatch, pool: torch.Tensor) -> None:
-        """Take `residual` [N, hidden] float32 through this part's layers, in place, and store their KV in `pool`."""
-        self._layers(self._operators.begin(batch, pool, self._shape), residual)
+    def run_layers(
+        self, residual: torch.Tensor, batch: TokenBatch, pool: torch.Tensor, adapters: Sequence[AdapterRows] = ()
+    ) -> None:
+        """Take `residual` [N, hidden] float32 through this part's layers, in place, and store their KV in `pool`.
+
+        `adapters` only where this part is the whole model.
+        """
+        step = self._operators.begin(batch, pool, self._shape)
+        if adapters:
+            self._adapted(step, residual, adapters)
+        else:
+            self._layers(step, residual)
 
     def reserve(self, num_tokens: int, pool: torch.Tensor) -> None:
         """Take the workspace of a plan of so many tokens; of `pool` only the shape and type matter."""
@@ -135,10 +149,12 @@ class Decoder:
     def _layer_parts(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> LayerParts:
         prefix = layer_prefix(layer)
 
-        def linear(*names: str, gated: bool = False) -> Linear:
-            prepare = self._operators.gated_linear if gated else self._operators.linear
+        def plain(*names: str) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
             weights = [tensors[f"{prefix}{name}.weight"] for name in names]
-            return prepare(weights, [tensors.get(f"{prefix}{name}.bias") for name in names])
+            return weights, [tensors.get(f"{prefix}{name}.bias") for name in names]
+
+        def linear(*names: str) -> Linear:
+            return self._operators.linear(*plain(*names))
 
         head_norms = None
         if self._spec.head_norms:
@@ -155,7 +171,9 @@ class Decoder:
             middle_norm=tensors[prefix + "post_attention_layernorm.weight"],
             mlp=self._experts(layer, tensors)
             if self._spec.has_experts(layer)
-            else GatedMlp(linear("mlp.gate_proj", "mlp.up_proj", gated=True), linear("mlp.down_proj")),
+            else GatedMlp(
+                self._operators.gated_linear(*plain("mlp.gate_proj", "mlp.up_proj")), linear("mlp.down_proj")
+            ),
         )
 
     def _experts(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> Experts:

@@ -109,6 +109,7 @@ _FUNCTIONS = {
         c_int32,
         [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p],
     ),
+    "tandem_gate": (c_int32, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "tandem_embedding": (
         c_int32,
         [c_void_p, c_void_p, c_int32, _LINEAR, c_int64, c_int64, c_int64, c_void_p, c_void_p],

@@ -70,6 +70,14 @@ class Linear(Protocol):
         ...
 
 
+class GatedLinear(Linear, Protocol):
+    """silu(gate) * up of two linears over the same input, each of `outputs`."""
+
+    def halves(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, inputs] activations -> gate and up in front of the activation, [N, outputs] activations each."""
+        ...
+
+
 class Embedding(Protocol):
     """A prepared table of token vectors."""
 
@@ -82,7 +90,7 @@ class Embedding(Protocol):
 class GatedMlp:
     """A gated linear and the linear after it."""
 
-    gate_up: Linear  # gated
+    gate_up: GatedLinear
     down: Linear
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -213,8 +221,12 @@ class Operators(Protocol):
         """Prepare a linear once. Weights [outputs, inputs], biases [outputs] or None; they may be kept."""
         ...
 
-    def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
+    def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> GatedLinear:
         """Prepare silu(inputs * gate) * (inputs * up) of two weights [outputs, inputs] as one linear of `outputs`."""
+        ...
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, [N, outputs] each; over the halves of a gated linear it gives the linear's own bits."""
         ...
 
     def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:

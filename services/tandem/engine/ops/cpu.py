@@ -30,6 +30,7 @@ from tandem.engine.ops.cpu_layers import CpuLayers
 KERNELS = ("avx512bf16", "avx512", "avx2")  # best first
 SPIN_NANOSECONDS = 200_000  # a thread without work waits so long before it sleeps
 
+_PANEL_COLUMNS = 16  # kPanelColumns of native/kernels.hpp
 _ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 # Kernels of one arithmetic give the same bits: how wide a register is changes nothing. The number is the arithmetic's
 # version, raised with every change of an operation's order or rounding.
@@ -105,6 +106,22 @@ class CpuOperators:
         """See the contract: vectors are read out of the packed weight, the plain table is not kept."""
         packed = self.linear((table,), (None,))
         return CpuEmbedding(self._runtime, table, packed), packed
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        assert gate.shape == up.shape and gate.stride(1) == up.stride(1) == 1, "halves do not match"
+        outputs = self._runtime.tensors.empty(*gate.shape)
+        check(
+            self._runtime.library.tandem_gate(
+                self._runtime.handle,
+                *gate.shape,
+                gate.data_ptr(),
+                gate.stride(0),
+                up.data_ptr(),
+                up.stride(0),
+                outputs.data_ptr(),
+            )
+        )
+        return outputs
 
     def rms_norm(self, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         rows, width = residual.shape
@@ -184,20 +201,35 @@ class CpuLinear:
         """Add the result to `outputs` [N, outputs] float32."""
         self._compute(inputs, outputs, add=True)
 
+    def halves(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `contract.GatedLinear`: the panels lie alternately, which is a linear of all of their columns."""
+        assert self.fields.gated, "only a gated linear has halves"
+        columns = -(-self.num_outputs // _PANEL_COLUMNS) * _PANEL_COLUMNS
+        plain = LinearFields(
+            self.fields.packed, self.fields.bias, 2 * columns, self.fields.depth, self.fields.element, 0
+        )
+        outputs = self._runtime.tensors.empty(inputs.shape[0], 2 * columns)
+        self._compute(inputs, outputs, add=False, fields=plain)
+        panels = outputs.view(inputs.shape[0], -1, 2, _PANEL_COLUMNS)
+        gate, up = (panels[:, :, half].reshape(inputs.shape[0], columns)[:, : self.num_outputs] for half in (0, 1))
+        return gate, up
+
     def plain_weights(self) -> list[torch.Tensor]:
         """The weights as they were given, unpacked into tensors of the caller's."""
         weights = [torch.empty(rows, self.fields.depth, dtype=self._dtype) for rows in self._rows]
         check(self._runtime.library.tandem_unpack(self._runtime.handle, self.fields, *self._parts(weights)))
         return weights
 
-    def _compute(self, inputs: torch.Tensor, outputs: torch.Tensor, *, add: bool) -> None:
+    def _compute(
+        self, inputs: torch.Tensor, outputs: torch.Tensor, *, add: bool, fields: LinearFields | None = None
+    ) -> None:
         if inputs.stride(1) != 1:
             inputs = inputs.contiguous()
         assert inputs.dtype == torch.float32 and inputs.shape[1] == self.fields.depth, "inputs do not fit"
         check(
             self._runtime.library.tandem_linear(
                 self._runtime.handle,
-                self.fields,
+                fields or self.fields,
                 inputs.shape[0],
                 inputs.data_ptr(),
                 inputs.stride(0),

@@ -14,6 +14,7 @@ from tandem.engine.ops.contract import (
     Embedding,
     Experts,
     ExpertWeights,
+    GatedLinear,
     LayerParts,
     LayerStack,
     Linear,
@@ -49,8 +50,11 @@ class ReferenceOperators:
         cast = tuple(None if bias is None else bias.to(self._activation_dtype) for bias in biases)
         return WideningLinear(tuple(weights), cast) if narrow else PlainLinear(tuple(weights), cast)
 
-    def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
-        return GatedLinear(self.linear(weights, biases))
+    def gated_linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> GatedLinear:
+        return TorchGatedLinear(self.linear(weights, biases))
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return functional.silu(gate) * up
 
     def experts(self, router: torch.Tensor, experts: Iterable[ExpertWeights], routing: Routing) -> Experts:
         return ComposedExperts(self, lambda inputs: functional.linear(inputs.float(), router), experts, routing)
@@ -120,15 +124,19 @@ class WideningLinear:
             torch.mm(inputs, wide.t(), out=outputs[:, start : start + rows])
 
 
-class GatedLinear:
+class TorchGatedLinear:
     """silu(first half) * second half of a linear's outputs."""
 
     def __init__(self, gate_up: Linear) -> None:
         self._gate_up = gate_up
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        gate, up = self._gate_up(inputs).chunk(2, dim=-1)
+        gate, up = self.halves(inputs)
         return functional.silu(gate) * up
+
+    def halves(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = self._gate_up(inputs).chunk(2, dim=-1)
+        return gate, up
 
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
         residual += self(inputs)

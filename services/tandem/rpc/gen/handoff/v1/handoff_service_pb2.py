@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as tandem_dot_inference_dot_v1_dot_inference__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'tandem/handoff/v1/handoff_service.proto\x12\x11tandem.handoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a+tandem/inference/v1/inference_service.proto\"n\n\x0eHandoffRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.tandem.handoff.v1.OpenH\x00\x12-\n\x07release\x18\x02 \x01(\x0b\x32\x1a.tandem.handoff.v1.ReleaseH\x00\x42\x04\n\x02op\"\xfb\x03\n\x04Open\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x1c\n\x14importer_instance_id\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x01(\x0c\x12\x15\n\routput_tokens\x18\x05 \x01(\r\x12\x35\n\x08sampling\x18\x06 \x01(\x0b\x32#.tandem.inference.v1.SamplingParams\x12\x31\n\x04stop\x18\x07 \x01(\x0b\x32#.tandem.inference.v1.StopConditions\x12\x32\n\x06output\x18\x08 \x01(\x0b\x32\".tandem.inference.v1.OutputOptions\x12\x13\n\x0btokens_held\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x10\n\x08numerics\x18\x0b \x01(\t\x12-\n\x08importer\x18\x0c \x01(\x0b\x32\x1b.tandem.handoff.v1.Sharding\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x12\n\ncache_salt\x18\x0e \x01(\t\x12\x14\n\x0clora_adapter\x18\x0f \x01(\t\x12\x12\n\ntransports\x18\x10 \x03(\t\x12\x11\n\tchecksums\x18\x11 \x03(\t\x12\x13\n\x0btraceparent\x18\x12 \x01(\t\"\x97\x01\n\x07Release\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.handoff.v1.Release.Reason\"Y\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREASON_DONE\x10\x01\x12\x14\n\x10REASON_ABANDONED\x10\x02\x12\x10\n\x0cREASON_LOCAL\x10\x03\"6\n\x08Sharding\x12\x13\n\x0btensor_size\x18\x01 \x01(\r\x12\x15\n\rpipeline_size\x18\x02 \x01(\r\"\xe3\x01\n\x0fHandoffResponse\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.tandem.handoff.v1.AcceptedH\x00\x12/\n\x08\x61nnounce\x18\x02 \x01(\x0b\x32\x1b.tandem.handoff.v1.AnnounceH\x00\x12\x34\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1d.tandem.handoff.v1.FirstTokenH\x00\x12/\n\x08\x63omplete\x18\x04 \x01(\x0b\x32\x1b.tandem.handoff.v1.CompleteH\x00\x42\x07\n\x05\x65vent\"\xd2\x01\n\x08\x41\x63\x63\x65pted\x12\x15\n\rhandoff_token\x18\x01 \x01(\x0c\x12\x32\n\tendpoints\x18\x02 \x03(\x0b\x32\x1f.tandem.handoff.v1.RankEndpoint\x12-\n\x08\x65xporter\x18\x03 \x01(\x0b\x32\x1b.tandem.handoff.v1.Sharding\x12\x10\n\x08numerics\x18\x04 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\t\x12(\n\x05lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x0cRankEndpoint\x12\x13\n\x0btensor_rank\x18\x01 \x01(\r\x12\x15\n\rpipeline_rank\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0binstance_id\x18\x05 \x01(\x0c\"d\n\x08\x41nnounce\x12\x15\n\rfirst_ordinal\x18\x01 \x01(\r\x12\x14\n\x0ctokens_ready\x18\x02 \x01(\r\x12+\n\x05ranks\x18\x03 \x03(\x0b\x32\x1c.tandem.handoff.v1.RankPages\"4\n\tRankPages\x12\x11\n\tchecksums\x18\x01 \x01(\x0c\x12\x14\n\x0cpage_numbers\x18\x02 \x01(\x0c\"\xd3\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x33\n\x08logprobs\x18\x02 \x03(\x0b\x32!.tandem.inference.v1.TokenLogprob\x12:\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32!.tandem.inference.v1.TokenLogprob\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12+\n\x06timing\x18\x05 \x01(\x0b\x32\x1b.tandem.inference.v1.Timing\"7\n\x08\x43omplete\x12+\n\x06timing\x18\x01 \x01(\x0b\x32\x1b.tandem.inference.v1.Timing2f\n\x0eHandoffService\x12T\n\x07Handoff\x12!.tandem.handoff.v1.HandoffRequest\x1a\".tandem.handoff.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'tandem/handoff/v1/handoff_service.proto\x12\x11tandem.handoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a+tandem/inference/v1/inference_service.proto\"n\n\x0eHandoffRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.tandem.handoff.v1.OpenH\x00\x12-\n\x07release\x18\x02 \x01(\x0b\x32\x1a.tandem.handoff.v1.ReleaseH\x00\x42\x04\n\x02op\"\x90\x04\n\x04Open\x12\x12\n\nhandoff_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x04\x12\x1c\n\x14importer_instance_id\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x01(\x0c\x12\x15\n\routput_tokens\x18\x05 \x01(\r\x12\x35\n\x08sampling\x18\x06 \x01(\x0b\x32#.tandem.inference.v1.SamplingParams\x12\x31\n\x04stop\x18\x07 \x01(\x0b\x32#.tandem.inference.v1.StopConditions\x12\x32\n\x06output\x18\x08 \x01(\x0b\x32\".tandem.inference.v1.OutputOptions\x12\x13\n\x0btokens_held\x18\t \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x10\n\x08numerics\x18\x0b \x01(\t\x12-\n\x08importer\x18\x0c \x01(\x0b\x32\x1b.tandem.handoff.v1.Sharding\x12\x10\n\x08priority\x18\r \x01(\x11\x12\x12\n\ncache_salt\x18\x0e \x01(\t\x12\x14\n\x0clora_adapter\x18\x0f \x01(\t\x12\x12\n\ntransports\x18\x10 \x03(\t\x12\x11\n\tchecksums\x18\x11 \x03(\t\x12\x13\n\x0blora_digest\x18( \x01(\t\x12\x13\n\x0btraceparent\x18\x12 \x01(\t\"\x97\x01\n\x07Release\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.handoff.v1.Release.Reason\"Y\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREASON_DONE\x10\x01\x12\x14\n\x10REASON_ABANDONED\x10\x02\x12\x10\n\x0cREASON_LOCAL\x10\x03\"6\n\x08Sharding\x12\x13\n\x0btensor_size\x18\x01 \x01(\r\x12\x15\n\rpipeline_size\x18\x02 \x01(\r\"\xe3\x01\n\x0fHandoffResponse\x12/\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1b.tandem.handoff.v1.AcceptedH\x00\x12/\n\x08\x61nnounce\x18\x02 \x01(\x0b\x32\x1b.tandem.handoff.v1.AnnounceH\x00\x12\x34\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1d.tandem.handoff.v1.FirstTokenH\x00\x12/\n\x08\x63omplete\x18\x04 \x01(\x0b\x32\x1b.tandem.handoff.v1.CompleteH\x00\x42\x07\n\x05\x65vent\"\xd2\x01\n\x08\x41\x63\x63\x65pted\x12\x15\n\rhandoff_token\x18\x01 \x01(\x0c\x12\x32\n\tendpoints\x18\x02 \x03(\x0b\x32\x1f.tandem.handoff.v1.RankEndpoint\x12-\n\x08\x65xporter\x18\x03 \x01(\x0b\x32\x1b.tandem.handoff.v1.Sharding\x12\x10\n\x08numerics\x18\x04 \x01(\t\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\t\x12(\n\x05lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x0cRankEndpoint\x12\x13\n\x0btensor_rank\x18\x01 \x01(\r\x12\x15\n\rpipeline_rank\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0binstance_id\x18\x05 \x01(\x0c\"d\n\x08\x41nnounce\x12\x15\n\rfirst_ordinal\x18\x01 \x01(\r\x12\x14\n\x0ctokens_ready\x18\x02 \x01(\r\x12+\n\x05ranks\x18\x03 \x03(\x0b\x32\x1c.tandem.handoff.v1.RankPages\"4\n\tRankPages\x12\x11\n\tchecksums\x18\x01 \x01(\x0c\x12\x14\n\x0cpage_numbers\x18\x02 \x01(\x0c\"\xd3\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x33\n\x08logprobs\x18\x02 \x03(\x0b\x32!.tandem.inference.v1.TokenLogprob\x12:\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32!.tandem.inference.v1.TokenLogprob\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12+\n\x06timing\x18\x05 \x01(\x0b\x32\x1b.tandem.inference.v1.Timing\"7\n\x08\x43omplete\x12+\n\x06timing\x18\x01 \x01(\x0b\x32\x1b.tandem.inference.v1.Timing2f\n\x0eHandoffService\x12T\n\x07Handoff\x12!.tandem.handoff.v1.HandoffRequest\x1a\".tandem.handoff.v1.HandoffResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,27 +36,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFREQUEST']._serialized_start=139
   _globals['_HANDOFFREQUEST']._serialized_end=249
   _globals['_OPEN']._serialized_start=252
-  _globals['_OPEN']._serialized_end=759
-  _globals['_RELEASE']._serialized_start=762
-  _globals['_RELEASE']._serialized_end=913
-  _globals['_RELEASE_REASON']._serialized_start=824
-  _globals['_RELEASE_REASON']._serialized_end=913
-  _globals['_SHARDING']._serialized_start=915
-  _globals['_SHARDING']._serialized_end=969
-  _globals['_HANDOFFRESPONSE']._serialized_start=972
-  _globals['_HANDOFFRESPONSE']._serialized_end=1199
-  _globals['_ACCEPTED']._serialized_start=1202
-  _globals['_ACCEPTED']._serialized_end=1412
-  _globals['_RANKENDPOINT']._serialized_start=1414
-  _globals['_RANKENDPOINT']._serialized_end=1529
-  _globals['_ANNOUNCE']._serialized_start=1531
-  _globals['_ANNOUNCE']._serialized_end=1631
-  _globals['_RANKPAGES']._serialized_start=1633
-  _globals['_RANKPAGES']._serialized_end=1685
-  _globals['_FIRSTTOKEN']._serialized_start=1688
-  _globals['_FIRSTTOKEN']._serialized_end=1899
-  _globals['_COMPLETE']._serialized_start=1901
-  _globals['_COMPLETE']._serialized_end=1956
-  _globals['_HANDOFFSERVICE']._serialized_start=1958
-  _globals['_HANDOFFSERVICE']._serialized_end=2060
+  _globals['_OPEN']._serialized_end=780
+  _globals['_RELEASE']._serialized_start=783
+  _globals['_RELEASE']._serialized_end=934
+  _globals['_RELEASE_REASON']._serialized_start=845
+  _globals['_RELEASE_REASON']._serialized_end=934
+  _globals['_SHARDING']._serialized_start=936
+  _globals['_SHARDING']._serialized_end=990
+  _globals['_HANDOFFRESPONSE']._serialized_start=993
+  _globals['_HANDOFFRESPONSE']._serialized_end=1220
+  _globals['_ACCEPTED']._serialized_start=1223
+  _globals['_ACCEPTED']._serialized_end=1433
+  _globals['_RANKENDPOINT']._serialized_start=1435
+  _globals['_RANKENDPOINT']._serialized_end=1550
+  _globals['_ANNOUNCE']._serialized_start=1552
+  _globals['_ANNOUNCE']._serialized_end=1652
+  _globals['_RANKPAGES']._serialized_start=1654
+  _globals['_RANKPAGES']._serialized_end=1706
+  _globals['_FIRSTTOKEN']._serialized_start=1709
+  _globals['_FIRSTTOKEN']._serialized_end=1920
+  _globals['_COMPLETE']._serialized_start=1922
+  _globals['_COMPLETE']._serialized_end=1977
+  _globals['_HANDOFFSERVICE']._serialized_start=1979
+  _globals['_HANDOFFSERVICE']._serialized_end=2081
 # @@protoc_insertion_point(module_scope)

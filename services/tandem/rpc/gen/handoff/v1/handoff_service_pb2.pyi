@@ -70,6 +70,7 @@ class Open(_message.Message):
     LORA_ADAPTER_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     CHECKSUMS_FIELD_NUMBER: _builtins.int
+    LORA_DIGEST_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.bytes
     """16 random bytes, chosen by the gateway"""
@@ -89,6 +90,8 @@ class Open(_message.Message):
     priority: _builtins.int
     cache_salt: _builtins.str
     lora_adapter: _builtins.str
+    lora_digest: _builtins.str
+    """hexadecimal SHA-256 of the adapter's weights: the exporter must have the same"""
     traceparent: _builtins.str
     """of decode's span for this stream, as W3C has it; empty: no trace"""
     @_builtins.property
@@ -127,11 +130,12 @@ class Open(_message.Message):
         lora_adapter: _builtins.str = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         checksums: _abc.Iterable[_builtins.str] | None = ...,
+        lora_digest: _builtins.str = ...,
         traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["importer", b"importer", "output", b"output", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "checksums", b"checksums", "fingerprint", b"fingerprint", "handoff_id", b"handoff_id", "importer", b"importer", "importer_instance_id", b"importer_instance_id", "lora_adapter", b"lora_adapter", "numerics", b"numerics", "output", b"output", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop", b"stop", "tokens_held", b"tokens_held", "traceparent", b"traceparent", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "checksums", b"checksums", "fingerprint", b"fingerprint", "handoff_id", b"handoff_id", "importer", b"importer", "importer_instance_id", b"importer_instance_id", "lora_adapter", b"lora_adapter", "lora_digest", b"lora_digest", "numerics", b"numerics", "output", b"output", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop", b"stop", "tokens_held", b"tokens_held", "traceparent", b"traceparent", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

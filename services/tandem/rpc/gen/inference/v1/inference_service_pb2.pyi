@@ -1093,6 +1093,7 @@ class ModelInfo(_message.Message):
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     READY_PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
     READY_DECODE_WORKERS_FIELD_NUMBER: _builtins.int
+    LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     root: _builtins.str
     max_context_tokens: _builtins.int
@@ -1105,6 +1106,10 @@ class ModelInfo(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def default_sampling(self) -> _struct_pb2.Struct: ...
+    @_builtins.property
+    def lora_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """names for lora_adapter"""
+
     def __init__(
         self,
         *,
@@ -1118,10 +1123,11 @@ class ModelInfo(_message.Message):
         default_sampling: _struct_pb2.Struct | None = ...,
         ready_prefill_workers: _builtins.int = ...,
         ready_decode_workers: _builtins.int = ...,
+        lora_adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_sampling", b"default_sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_sha256", b"chat_template_sha256", "default_sampling", b"default_sampling", "eos_token_ids", b"eos_token_ids", "id", b"id", "max_context_tokens", b"max_context_tokens", "max_output_tokens", b"max_output_tokens", "ready_decode_workers", b"ready_decode_workers", "ready_prefill_workers", b"ready_prefill_workers", "root", b"root", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_sha256", b"chat_template_sha256", "default_sampling", b"default_sampling", "eos_token_ids", b"eos_token_ids", "id", b"id", "lora_adapters", b"lora_adapters", "max_context_tokens", b"max_context_tokens", "max_output_tokens", b"max_output_tokens", "ready_decode_workers", b"ready_decode_workers", "ready_prefill_workers", b"ready_prefill_workers", "root", b"root", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

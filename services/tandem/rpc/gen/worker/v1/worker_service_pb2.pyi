@@ -114,6 +114,7 @@ class WorkerInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     OPERATORS_FIELD_NUMBER: _builtins.int
     TRANSPORT_NOTES_FIELD_NUMBER: _builtins.int
+    LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """stable name (pod name + data rank)"""
     instance_id: _builtins.bytes
@@ -163,6 +164,8 @@ class WorkerInfo(_message.Message):
     def transport_notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """why other transports are not there"""
 
+    @_builtins.property
+    def lora_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoraAdapter]: ...
     def __init__(
         self,
         *,
@@ -194,14 +197,38 @@ class WorkerInfo(_message.Message):
         dtype: _builtins.str = ...,
         operators: _builtins.str = ...,
         transport_notes: _abc.Iterable[_builtins.str] | None = ...,
+        lora_adapters: _abc.Iterable[Global___LoraAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dp_rank", b"dp_rank", "dp_size", b"dp_size", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "features", b"features", "handoff_address", b"handoff_address", "instance_id", b"instance_id", "kv_block_tokens", b"kv_block_tokens", "kv_fingerprint", b"kv_fingerprint", "kv_total_blocks", b"kv_total_blocks", "loop", b"loop", "max_context_tokens", b"max_context_tokens", "max_prefill_tokens_per_step", b"max_prefill_tokens_per_step", "max_req_input_len", b"max_req_input_len", "max_running_requests", b"max_running_requests", "max_total_num_tokens", b"max_total_num_tokens", "model", b"model", "numerics", b"numerics", "operators", b"operators", "role", b"role", "state", b"state", "topology", b"topology", "transport_notes", b"transport_notes", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dp_rank", b"dp_rank", "dp_size", b"dp_size", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "features", b"features", "handoff_address", b"handoff_address", "instance_id", b"instance_id", "kv_block_tokens", b"kv_block_tokens", "kv_fingerprint", b"kv_fingerprint", "kv_total_blocks", b"kv_total_blocks", "loop", b"loop", "lora_adapters", b"lora_adapters", "max_context_tokens", b"max_context_tokens", "max_prefill_tokens_per_step", b"max_prefill_tokens_per_step", "max_req_input_len", b"max_req_input_len", "max_running_requests", b"max_running_requests", "max_total_num_tokens", b"max_total_num_tokens", "model", b"model", "numerics", b"numerics", "operators", b"operators", "role", b"role", "state", b"state", "topology", b"topology", "transport_notes", b"transport_notes", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class LoraAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    digest: _builtins.str
+    """hexadecimal SHA-256 of its weights"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoraAdapter: _TypeAlias = LoraAdapter  # noqa: Y015
 
 @_typing.final
 class Submit(_message.Message):
@@ -220,6 +247,7 @@ class Submit(_message.Message):
     LORA_ADAPTER_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     STREAM_INTERVAL_FIELD_NUMBER: _builtins.int
+    LORA_DIGEST_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     rid: _builtins.int
     """unique within the session"""
@@ -232,6 +260,8 @@ class Submit(_message.Message):
     traceparent: _builtins.str
     stream_interval: _builtins.int
     """tokens per delta; 0 = 1; a large number: one delta at the end"""
+    lora_digest: _builtins.str
+    """which weights the gateway means by lora_adapter; empty: whichever the worker has"""
     output_token_ids: _builtins.bytes
     """a resumed request: what the client already has, packed; counts as output"""
     @_builtins.property
@@ -264,11 +294,12 @@ class Submit(_message.Message):
         lora_adapter: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         stream_interval: _builtins.int = ...,
+        lora_digest: _builtins.str = ...,
         output_token_ids: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "sampling", b"sampling", "stop", b"stop", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "lora_adapter", b"lora_adapter", "output", b"output", "output_token_ids", b"output_token_ids", "prefill", b"prefill", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "rid", b"rid", "sampling", b"sampling", "stop", b"stop", "stream_interval", b"stream_interval", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "lora_adapter", b"lora_adapter", "lora_digest", b"lora_digest", "output", b"output", "output_token_ids", b"output_token_ids", "prefill", b"prefill", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "rid", b"rid", "sampling", b"sampling", "stop", b"stop", "stream_interval", b"stream_interval", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
