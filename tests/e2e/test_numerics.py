@@ -22,6 +22,7 @@ from tests.e2e.twin import Twin
 
 NUM_TOP = 5
 BF16 = ("--model.dtype", "bfloat16")
+LONG = 1500  # output tokens: seconds, in which its worker is killed
 PROMPTS = [random_prompt(random.Random(length), length) for length in (7, 90, 310)]
 
 Logprobs = list[tuple[int, float, tuple[tuple[int, float], ...]]]
@@ -111,13 +112,13 @@ def test_retractions_change_no_bit(service: Service, undisturbed: list[Logprobs]
 
 def test_a_killed_decode_worker_changes_no_bit(service: Service, twin: Twin) -> None:
     pair = Pair(service, *BF16, prefill_flags=BF16)
-    message = request(PROMPTS[1], 600)
+    message = request(PROMPTS[1], LONG)
     message.output.logprobs = NUM_TOP
     stormy = Reader(pair.stub, message)
-    stormy.wait(60)
+    stormy.wait(10)
     running(*pair.decodes)[0][1].kill()
     found = figures(stormy.finish().logprobs)
-    assert len(found) == 600
+    assert len(found) == LONG
     assert found == expected(twin, PROMPTS[1], found)
     assert resumed(pair.gateway, "worker_lost") == 1
 

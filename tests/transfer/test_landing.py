@@ -31,15 +31,16 @@ from tests.fakes.one_sided_engine import Behaviour, FakeEngines
 
 PROGRESS_SECONDS = 0.4
 SETTINGS = TcpSettings(connect_seconds=0.5, progress_seconds=PROGRESS_SECONDS, idle_seconds=0.5, connections=1)
+PATIENT = replace(SETTINGS, connect_seconds=30.0, progress_seconds=30.0)  # where a busy machine must not end a pull
 _tickets = itertools.count(1)
 
 
 class Setting:
     """An exporter's memory, an importer with fake engines, and the control port that it dials first."""
 
-    def __init__(self, num_pages: int = 64, page_bytes: int = 64 << 10) -> None:
+    def __init__(self, num_pages: int = 64, page_bytes: int = 64 << 10, settings: TcpSettings = SETTINGS) -> None:
         self.instance_id = os.urandom(16)
-        self.control = TcpExporter(listen("127.0.0.1", 0), "127.0.0.1", self.instance_id, SETTINGS)
+        self.control = TcpExporter(listen("127.0.0.1", 0), "127.0.0.1", self.instance_id, settings)
         self.source = scratch(num_pages, page_bytes)
         self.source.rows[:] = np.random.default_rng(1).integers(0, 256, self.source.rows.shape, dtype=np.uint8)
         self.probe = scratch(1, PROBE_BYTES)
@@ -47,7 +48,7 @@ class Setting:
         self.target = scratch(num_pages, page_bytes)
         self.fake = FakeEngines()
         self.engines = EnginePool(self.fake.new_engine)
-        self.importer = LandingImporter(self.target, "fake", self.engines, SETTINGS)
+        self.importer = LandingImporter(self.target, "fake", self.engines, settings)
         self.outcomes: queue.Queue[PullEnded] = queue.Queue()
 
     @property
@@ -70,7 +71,7 @@ class Setting:
         self.importer.pull(replace(pull, **changes), self.outcomes.put)
         return pull.ticket
 
-    def end(self, seconds: float = 10.0) -> PullEnded:
+    def end(self, seconds: float = 60.0) -> PullEnded:
         return self.outcomes.get(timeout=seconds)
 
     def pull(self, sources: Sequence[int], targets: Sequence[int], **changes: Any) -> PullEnded:
@@ -105,7 +106,7 @@ def setting() -> Iterator[Setting]:
 
 @pytest.mark.parametrize(("page_bytes", "num_pages"), [(512, 3000), (64 << 10, 200), (3 << 20, 5), ((9 << 20) + 8, 3)])
 def test_pages_arrive_whatever_the_order_of_reads(page_bytes: int, num_pages: int) -> None:
-    setting = Setting(num_pages, page_bytes)
+    setting = Setting(num_pages, page_bytes, PATIENT)
     setting.fake.behaviour.max_polls = 20
     order = random.Random(1)
     for count in (1, num_pages):
@@ -118,13 +119,15 @@ def test_pages_arrive_whatever_the_order_of_reads(page_bytes: int, num_pages: in
     setting.close()
 
 
-def test_many_pulls_at_once_share_an_engine(setting: Setting) -> None:
+def test_many_pulls_at_once_share_an_engine() -> None:
+    setting = Setting(settings=PATIENT)
     setting.fake.behaviour.max_polls = 10
     for number in range(16):
         setting.begin(range(number * 4, number * 4 + 4), range(number * 4, number * 4 + 4))
     assert {setting.end().status for _ in range(16)} == {PullStatus.DONE}
     assert np.array_equal(setting.target.rows, setting.source.rows)
     assert len(setting.fake.engines) == 1
+    setting.close()
 
 
 def test_a_page_that_differs_is_named(setting: Setting) -> None:
