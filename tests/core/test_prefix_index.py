@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tandem.core import prefix_index
 from tandem.core.prefix_index import PrefixIndex, hash_blocks
 from tandem.core.token_ids import pack
 
@@ -52,3 +55,10 @@ def test_a_prompt_beyond_the_bound_is_remembered_by_its_beginning() -> None:
     index = PrefixIndex(3)
     index.add(blocks(*range(40)))
     assert (len(index), index.match(blocks(*range(40)))) == (3, 3)
+
+
+def test_a_large_pool_is_remembered_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_index, "MAX_BLOCKS", 2)
+    index = PrefixIndex(1 << 40)
+    index.add(blocks(*range(40)))
+    assert len(index) == 2

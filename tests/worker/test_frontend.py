@@ -174,6 +174,22 @@ def test_the_first_frame_is_the_info_and_changes_follow() -> None:
     asyncio.run(scenario())
 
 
+def test_a_draining_worker_hands_back_what_comes_late() -> None:
+    """Of several replicas those without work have ended; a request must not vanish in them."""
+
+    async def scenario() -> None:
+        async with running() as bench:
+            session = await bench.session()
+            await session.submit(1)
+            await bench.rank.next(Submit)
+            bench.frontend.set_state("draining")
+            await session.submit(2)
+            assert (await session.error()).reason == "DRAINING"
+            await bench.rank.nothing(0)
+
+    asyncio.run(scenario())
+
+
 def test_load_comes_when_it_changes_and_as_a_heartbeat() -> None:
     async def scenario() -> None:
         async with running() as bench:

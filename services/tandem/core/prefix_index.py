@@ -1,6 +1,7 @@
 """What a replica's prefix cache may hold, as the frontend remembers it: hashes of the blocks that it sent there.
 
-A guess, good enough to choose by: the replica's own tree decides what is reused. Bounded by the replica's pages.
+A guess, good enough to choose by: the replica's own tree decides what is reused. Bounded by the replica's pages
+and by MAX_BLOCKS.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections import OrderedDict
 
 from tandem.core.token_ids import BYTES_PER_TOKEN
 
+MAX_BLOCKS = 1 << 17  # of one replica, some 15 MB
 Blocks = tuple[int, ...]  # chained hashes of a prompt's whole pages, from its beginning
 
 
@@ -27,7 +29,7 @@ class PrefixIndex:
     """The blocks that one replica was sent last, least recently used first."""
 
     def __init__(self, max_blocks: int) -> None:
-        self._max_blocks = max_blocks
+        self._max_blocks = min(max_blocks, MAX_BLOCKS)
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from grpc import aio
 from tandem.core.messages.requests import CancelCause, Ended, Tokens
 from tandem.core.messages.worker import AdaptersChanged, RankReady, Stats, WorkerInfo, WorkerState
 from tandem.core.stats import LoadSnapshot
-from tandem.errors import InvalidRequest, Overloaded, TandemError, Unavailable
+from tandem.errors import Draining, InvalidRequest, Overloaded, TandemError, Unavailable
 from tandem.rpc import convert, convert_worker, status
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as inference_pb2
 from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb2
@@ -210,6 +210,8 @@ class Frontend(worker_grpc.WorkerServiceServicer):
         try:
             if self._ready is None:
                 raise Unavailable("this worker is starting")
+            if self._info.state == "draining":
+                raise Draining("the worker is stopping")  # the replica that it would go to may have ended already
             submit = convert.submit_from_proto(message, self._table.next_request_id())
             check_submit(submit, self._ready)
         except TandemError as error:

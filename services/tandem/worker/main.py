@@ -47,6 +47,7 @@ from tandem.worker.spans import WorkerSpans
 SILENT_SECONDS = 60.0  # a rank that says nothing for so long is stuck: liveness fails
 STOP_SECONDS = 2.0  # for streams to take their last messages
 DRAIN_MARGIN_SECONDS = 5.0  # beyond drain_seconds and a lease; a rank that is not done by then is ended
+MERGE_SECONDS = 0.05  # the loads of several replicas are added up so often at most
 _logger = logging.getLogger(__name__)
 
 
@@ -99,6 +100,7 @@ class _Worker:
             self._replicas.send, config.handoff, prefix_cache=config.cache.prefix_cache, clock=time.monotonic
         )
         self._loads = [LoadSnapshot()] * len(self._replicas)
+        self._merging: asyncio.TimerHandle | None = None
         self._num_steps = 0  # turns of all loops
         self._doing = "starting"  # what the start is at
         self._registry = CollectorRegistry()
@@ -238,6 +240,13 @@ class _Worker:
 
     def _reported(self, replica: int, stats: Stats) -> None:
         self._loads[replica] = stats.load
+        if len(self._loads) == 1:
+            self._frontend.stats(stats)
+        elif self._merging is None:  # each replica reports by itself: one sum for all that come meanwhile
+            self._merging = asyncio.get_running_loop().call_later(MERGE_SECONDS, self._merge)
+
+    def _merge(self) -> None:
+        self._merging = None
         self._frontend.stats(Stats(merge_loads(self._loads)))
 
     def _step_ended(self, replica: int, step: StepEnded) -> None:
