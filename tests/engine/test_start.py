@@ -127,8 +127,8 @@ def test_the_first_replica_leaves_room_for_the_others(tmp_path: Path, monkeypatc
     free = 1 << 30
     monkeypatch.setattr(start_module, "available_memory_bytes", lambda: free)
 
-    def pool_and_weights(data_size: int) -> tuple[int, int]:
-        cache = CacheConfig(memory_fraction=0.5)
+    def pool_and_weights(data_size: int, pool_bytes: int = 0) -> tuple[int, int]:
+        cache = CacheConfig(memory_fraction=0.5, pool_bytes=pool_bytes)
         config = Config(
             model=ModelConfig(path=str(tmp_path), device="cpu", threads=1),
             parallel=ParallelConfig(data_size=data_size),
@@ -141,6 +141,9 @@ def test_the_first_replica_leaves_room_for_the_others(tmp_path: Path, monkeypatc
     alone, weight_bytes = pool_and_weights(1)
     page_bytes = 1 << 16
     assert abs(alone - 4 * pool_and_weights(4)[0] - 3 * weight_bytes / 2) < 4 * page_bytes
+    pool_and_weights(1, 600 << 20)
+    with pytest.raises(ConfigError, match=r"cache.pool_bytes: \d+ asked for, \d+ bytes of memory are free"):
+        pool_and_weights(2, 600 << 20)  # each of them
     free = 10 * weight_bytes
     with pytest.raises(ConfigError, match=r"the weights take 64 \(parallel.data_size\) times 0.00 GB"):
         pool_and_weights(64)

@@ -214,8 +214,8 @@ def _sized_layout(
     if device.type == "cpu":
         free_bytes //= ranks_here(config.parallel)  # all of them measure now
     whole = replace(one_page, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads)
-    cache = replace(config.cache, memory_fraction=config.cache.memory_fraction / config.parallel.data_size)
-    return sized_layout(one_page, cache, max(0, free_bytes - taken), Fraction(one_page.page_bytes, whole.page_bytes))
+    free_bytes = max(0, free_bytes - taken) // config.parallel.data_size  # the pools of replicas that start later
+    return sized_layout(one_page, config.cache, free_bytes, Fraction(one_page.page_bytes, whole.page_bytes))
 
 
 def _require_equal(links: RankLinks, **facts: str) -> None:
