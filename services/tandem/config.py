@@ -6,6 +6,7 @@ Units are last in the names. Each field's `help` is what `--help` prints.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ Role = Literal["prefill", "decode", "unified"]
 OperatorChoice = Literal["auto", "reference", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
 LoopName = Literal["auto", "normal", "overlap"]
 TransportChoice = Literal["auto", "mooncake-rdma", "mooncake-tcp", "tcp"]
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it may become the name of a folder
 
 
 def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:

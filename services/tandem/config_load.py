@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from tandem.config import Config, ParallelConfig, TlsConfig
-from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, is_adapter_name, suggestion
+from tandem.config import ADAPTER_NAME, Config, ParallelConfig, TlsConfig
+from tandem.config_values import ENVIRONMENT_PREFIX, SETTINGS, convert, suggestion
 from tandem.errors import ConfigError
 
 Program = Literal["gateway", "prefill", "decode", "unified"]
@@ -299,7 +299,7 @@ def _check_adapters(config: Config) -> list[str]:
     names, faults = [], []
     for entry in config.model.adapters:
         name, separator, folder = entry.partition("=")
-        if not separator or not folder or not is_adapter_name(name):
+        if not separator or not folder or not ADAPTER_NAME.fullmatch(name):
             faults.append(f"model.adapters: {entry!r} is not name=folder, the name of letters, digits and ._-")
         names.append(name)
     faults += [f"model.adapters: {name} is there twice" for name in sorted({n for n in names if names.count(n) > 1})]

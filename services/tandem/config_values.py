@@ -6,7 +6,6 @@ Not here: where values come from (config_load) and what values mean.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tandem.config import Config
 
 ENVIRONMENT_PREFIX = "TANDEM_"
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 
@@ -119,11 +117,6 @@ def _list(value: Any) -> tuple[str, ...]:
     if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
         raise ValueError("must be a list of strings, or one string with commas")
     return tuple(item.strip() for item in items if item.strip())
-
-
-def is_adapter_name(name: str) -> bool:
-    """Whether an adapter can be called so: its name may become that of a folder."""
-    return _ADAPTER_NAME.fullmatch(name) is not None
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -121,7 +121,7 @@ async def _connect(channel: aio.Channel, address: str, tls: ClientTls | None) ->
         raise Unavailable(f"no gateway answers at {address}{told}; {advice}") from None
 
 
-def _tls(arguments: argparse.Namespace) -> ClientTls | None:
+def tls_of(arguments: argparse.Namespace) -> ClientTls | None:
     """Return what the flags ask for, None for plaintext. Raises ConfigError."""
     files = (arguments.tls_ca_file, arguments.tls_certificate_file, arguments.tls_key_file)
     if not arguments.tls and not arguments.tls_server_name and not any(files):
@@ -150,7 +150,7 @@ async def _show(
     arguments: argparse.Namespace, request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest
 ) -> int:
     written = False
-    tls = _tls(arguments)
+    tls = tls_of(arguments)
 
     def write(text: str) -> None:
         nonlocal written

@@ -14,6 +14,7 @@ from typing import get_args
 
 from tandem.cli.bench import add_bench
 from tandem.cli.client_options import add_client_options
+from tandem.cli.lora_options import add_lora
 from tandem.config import LoopName, TransportChoice
 from tandem.config_load import PROGRAM_SECTIONS
 from tandem.errors import ConfigError
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine has, what is lost without the rest, how to get it")
     doctor.set_defaults(run=_run_doctor)
     commands.add_parser("loops", help="the event loops, and which one a configuration selects")
+    add_lora(commands)
     add_bench(commands)
     return parser
 

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from tandem.core.scheduler import Scheduler, Tick
 from tandem.engine.device import Device
-from tandem.worker.chores import Chores
 
 _TICK = [Tick()]
 
@@ -25,8 +24,18 @@ class Ports(Protocol):
         """Send effects on; never blocks."""
 
 
+class Beside(Protocol):
+    """What is done beside the plans: chores, and trainings."""
+
+    def next_due(self) -> float:
+        """When `run` wants to be called again."""
+
+    def run(self, scheduler: Scheduler, *, happened: bool, idle: bool, now: float) -> None:
+        """Do what is due, after every turn of the loop; see `Chores.run`."""
+
+
 def run(
-    scheduler: Scheduler, device: Device, ports: Ports, clock: Callable[[], float], depth: int, chores: Chores
+    scheduler: Scheduler, device: Device, ports: Ports, clock: Callable[[], float], depth: int, chores: Beside
 ) -> None:
     """Serve until the scheduler has been told to drain and nothing is left.
 

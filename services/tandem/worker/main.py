@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from tandem.certificates import between_pods
 from tandem.config import Config, Role
 from tandem.core.merged_load import merge_loads
-from tandem.core.messages import handoff, requests
+from tandem.core.messages import handoff, requests, training
 from tandem.core.messages.worker import AdaptersChanged, RankFailed, RankReady, StartupProgress, Stats, WorkerInfo
 from tandem.core.stats import LoadSnapshot
 from tandem.engine.host import usable_cpus
@@ -33,6 +33,7 @@ from tandem.telemetry.drain import DrainClock
 from tandem.telemetry.health import Health
 from tandem.telemetry.tracing import open_tracer
 from tandem.telemetry.worker import ReplicaFigures, WorkerFacts, WorkerVitals, register_worker
+from tandem.worker.admin import AdminServer
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_client import HandoffClient
 from tandem.worker.handoff_server import HandoffServer
@@ -113,10 +114,17 @@ class _Worker:
         self._handoff_server = HandoffServer(self._router.send, self._instance_id, spans) if role == "prefill" else None
         self._certificates = between_pods(config.tls)
         self._handoff_clients = self._clients() if role == "decode" else []
+        self._admin = AdminServer(partial(self._replicas.send, 0), config.lora) if config.server.admin else None
         self._health = Health(self._not_ready, self._fault)
         self._drain_clock = DrainClock()
         self._servers = WorkerServers(
-            config.server, self._registry, self._health, self._frontend, self._handoff_server, self._certificates
+            config.server,
+            self._registry,
+            self._health,
+            self._frontend,
+            self._handoff_server,
+            self._certificates,
+            self._admin,
         )
         self._handlers = self._dispatch_table()
 
@@ -161,6 +169,8 @@ class _Worker:
         self._frontend.set_state("draining")
         if self._handoff_server is not None:
             self._handoff_server.drain()
+        if self._admin is not None:
+            self._admin.drain()
         exit_code = self._replicas.exit_code
         self._replicas.stop(requests.Drain(grace))
         insisted = asyncio.create_task(stop.insisted.wait())
@@ -209,6 +219,10 @@ class _Worker:
             sends = (handoff.SendAccepted, handoff.SendAnnounce, handoff.SendFirstToken, handoff.SendComplete)
             table |= dict.fromkeys(sends, lambda replica, effect: server.respond(effect))
             table[handoff.EndStream] = lambda replica, effect: server.end(effect)
+        admin = self._admin
+        if admin is not None:
+            told = (training.TrainingStarted, training.TrainingStep, training.TrainingEnded)
+            table |= dict.fromkeys(told, lambda replica, event: admin.heard(event))
         return table
 
     def _clients(self) -> list[HandoffClient]:
@@ -272,6 +286,8 @@ class _Worker:
         self._frontend.open_for(ready, info)
         if self._handoff_server is not None:
             self._handoff_server.open_for(ready)
+        if self._admin is not None:
+            self._admin.open()
         _log_ready(self._servers.address, ready)
         self._serving = asyncio.create_task(self._servers.set_ready())
         self._export_metrics(ready)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.config import Config, Role
-from tandem.core.messages import handoff, requests
+from tandem.core.messages import handoff, requests, training
 from tandem.core.messages.worker import AdaptersChanged, RankFailed, RankReady, StartupProgress, Stats
 from tandem.ipc import Schema
 
@@ -50,6 +50,10 @@ TO_RANK = Schema(
         handoff.OpenReceived,
         handoff.ReleaseReceived,
         handoff.StreamLost,
+        training.TrainingExamples,
+        training.StartTraining,
+        training.CancelTraining,
+        training.LoadAdapter,
     )
 )
 TO_FRONTEND = Schema(
@@ -70,5 +74,8 @@ TO_FRONTEND = Schema(
         handoff.SendFirstToken,
         handoff.SendComplete,
         handoff.EndStream,
+        training.TrainingStarted,
+        training.TrainingStep,
+        training.TrainingEnded,
     )
 )

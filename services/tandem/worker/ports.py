@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from tandem.core.messages.requests import Ended, Tokens
 from tandem.core.messages.transfer import CancelPull, Export, Pull, Revoke
@@ -34,9 +35,14 @@ class RankPorts:
         self._device = device
         self._transfer = transfer
         self._clock = clock
+        self._aside: Mapping[type, Callable[[Any], None]] = {}
         self._step = 0
         self._selector = selectors.DefaultSelector()
         self._watched: dict[int, tuple[object, int]] = {}
+
+    def take_aside(self, handlers: Mapping[type, Callable[[Any], None]]) -> None:
+        """Hand these messages of the frontend over as they come: they are no events of the scheduler."""
+        self._aside = handlers
 
     def send(self, message: object) -> None:
         """Say something to the frontend beside the scheduler's effects."""
@@ -92,12 +98,22 @@ class RankPorts:
         if source is self._frontend:
             if mask & selectors.EVENT_WRITE:
                 self._frontend.flush()
-            return self._frontend.receive() if mask & selectors.EVENT_READ else []
+            return self._for_scheduler(self._frontend.receive()) if mask & selectors.EVENT_READ else []
         transfer = self._transfer
         assert transfer is not None
         if mask & selectors.EVENT_WRITE:
             transfer.flush()
         return list(transfer.receive()) if mask & selectors.EVENT_READ else []
+
+    def _for_scheduler(self, messages: list[object]) -> list[object]:
+        events = []
+        for message in messages:
+            handler = self._aside.get(type(message))
+            if handler is None:
+                events.append(message)
+            else:
+                handler(message)
+        return events
 
     def _watch_all(self) -> None:
         self._watch(self._device, selectors.EVENT_READ)

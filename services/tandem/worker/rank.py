@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from tandem.config import ModelConfig
 from tandem.core.messages.handoff import Sharding
@@ -24,18 +25,20 @@ from tandem.core.roles import Loop, select_loop
 from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.demo import MODEL_NAME
-from tandem.engine.device import Device
+from tandem.engine.device import Device, GradientDevice
 from tandem.engine.rank_device import replica_devices
 from tandem.engine.start import Engine
 from tandem.errors import ConfigError, TandemError
 from tandem.ipc import Channel, ChannelClosed
 from tandem.transfer.choice import check_transport
+from tandem.worker.beside import ChoresAndTraining
 from tandem.worker.chores import Chores
 from tandem.worker.follower_process import Follower
 from tandem.worker.leader import Ranks, start_ranks
-from tandem.worker.loop import run
+from tandem.worker.loop import Beside, run
 from tandem.worker.messages import StartRank
 from tandem.worker.ports import RankPorts
+from tandem.worker.training_desk import TrainingDesk
 from tandem.worker.transfer_start import Transfer, start_transfer
 
 WARM_UP_SECONDS = 300.0
@@ -82,12 +85,24 @@ def _serve(start: StartRank, frontend: Channel, followers: Sequence[Follower]) -
             scheduler.handle(transfer.ready, time.monotonic())
         ports = RankPorts(frontend, engine.device, transfer.group, time.monotonic)
         ports.send(_ready(start, ranks, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
-        run(scheduler, engine.device, ports, time.monotonic, loop.depth, Chores(ports.send, time.monotonic))
+        run(scheduler, engine.device, ports, time.monotonic, loop.depth, _beside(start, engine, ports))
         ports.finish(FINISH_SECONDS)
     finally:
         if transfer.group is not None:
             transfer.group.stop()
         engine.device.close()
+
+
+def _beside(start: StartRank, engine: Engine, ports: RankPorts) -> Beside:
+    """Chores; and with the admin service, trainings."""
+    chores = Chores(ports.send, time.monotonic)
+    if not start.config.server.admin:
+        return chores
+    device = cast(GradientDevice, engine.device)  # whoever has none of them refuses every training
+    name = _model_name(start.config.model)
+    desk = TrainingDesk(device, engine.lora, start.config, start.role, name, ports.send, time.monotonic)
+    ports.take_aside(desk.handlers)
+    return ChoresAndTraining(chores, desk)
 
 
 def _progress_to(frontend: Channel) -> Callable[[str], None]:

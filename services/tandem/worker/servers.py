@@ -12,16 +12,19 @@ from prometheus_client import CollectorRegistry
 
 from tandem.certificates import CertificateSource
 from tandem.config import ServerConfig
+from tandem.rpc.gen.admin.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from tandem.rpc.gen.handoff.v1.handoff_service_pb2_grpc import add_HandoffServiceServicer_to_server
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from tandem.rpc.server import RpcServer
 from tandem.rpc.tls import PeerCheck, server_credentials
 from tandem.telemetry.exporter import Exporter
 from tandem.telemetry.health import Health
+from tandem.worker.admin import AdminServer
 from tandem.worker.frontend import Frontend
 from tandem.worker.handoff_server import HandoffServer
 
 _WORKER_SERVICE = "tandem.worker.v1.WorkerService"
+_ADMIN_SERVICE = "tandem.admin.v1.AdminService"
 _HANDOFF_SERVICE = "tandem.handoff.v1.HandoffService"
 
 
@@ -36,6 +39,7 @@ class WorkerServers:
         frontend: Frontend,
         handoffs: HandoffServer | None,
         certificates: CertificateSource | None = None,
+        admin: AdminServer | None = None,
     ) -> None:
         """`certificates`: only pods that have such ones are served; None: everybody, in plaintext."""
         self.address = ""
@@ -45,6 +49,7 @@ class WorkerServers:
         self._health = health
         self._frontend = frontend
         self._handoffs = handoffs
+        self._admin = admin
         self._certificates = certificates
         self._servers: list[RpcServer] = []
         self._exporter: Exporter | None = None
@@ -58,6 +63,8 @@ class WorkerServers:
         config = self._config
         server = self._new_server()
         server.add(add_WorkerServiceServicer_to_server, self._frontend, _WORKER_SERVICE)
+        if self._admin is not None:
+            server.add(add_AdminServiceServicer_to_server, self._admin, _ADMIN_SERVICE)
         handoff_server = server
         if self._handoffs is not None:
             if config.handoff_port >= 0:

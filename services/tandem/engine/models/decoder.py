@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,6 +40,17 @@ from tandem.engine.ops.sharded import VocabularyEmbedding
 from tandem.engine.place import RankPlace
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """A whole model's parameters as they were prepared, but for the embedding."""
+
+    spec: DecoderSpec
+    parts: Sequence[LayerParts]
+    final_norm: torch.Tensor
+    head: Linear
+    attention: AttentionShape
+
+
 class Decoder:
     """Forward passes over a paged KV pool. Call it in inference mode, from one thread at a time.
 
@@ -60,6 +72,7 @@ class Decoder:
         self._embedding, self._head = self._vocabulary(tensors)
         self._final_norm = tensors[FINAL_NORM] if self._part.has_head else None
         parts = [self._layer_parts(layer, tensors) for layer in self._part.layers]
+        self._parts = tuple(parts)
         self._adapted = AdaptedLayers(operators, parts, spec.norm_epsilon)
         if reduction is None:
             self._layers = operators.layers(parts, spec.norm_epsilon)
@@ -81,6 +94,12 @@ class Decoder:
     @property
     def hidden_size(self) -> int:
         return self._spec.hidden_size
+
+    @property
+    def weights(self) -> DecoderWeights:
+        """The prepared parameters of this part, for whoever reads them back."""
+        assert self._head is not None and self._final_norm is not None, "a part of the model"
+        return DecoderWeights(self._spec, self._parts, self._final_norm, self._head, self._shape)
 
     def forward(
         self, token_ids: torch.Tensor, batch: TokenBatch, pool: torch.Tensor, adapters: Sequence[AdapterRows] = ()

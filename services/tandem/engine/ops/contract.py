@@ -69,6 +69,14 @@ class Linear(Protocol):
         """Add the result for `inputs` [N, inputs] to `residual` [N, outputs] float32, in place."""
         ...
 
+    def plain_weights(self) -> list[torch.Tensor]:
+        """The weights that it was prepared from, read back; not to be written to."""
+        ...
+
+    def plain_biases(self) -> list[torch.Tensor | None]:
+        """The biases that belong to them."""
+        ...
+
 
 class GatedLinear(Linear, Protocol):
     """silu(gate) * up of two linears over the same input, each of `outputs`."""

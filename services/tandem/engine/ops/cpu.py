@@ -184,6 +184,7 @@ class CpuLinear:
         self.fields.packed = self._pages.address
         plain = [weight.contiguous() for weight in weights]
         check(runtime.library.tandem_pack(runtime.handle, self.fields, *self._parts(plain)))
+        self._plain_biases = tuple(biases)
         self._bias = self._packed_bias(biases, gated)
         if self._bias is not None:
             self.fields.bias = self._bias.data_ptr()
@@ -219,6 +220,9 @@ class CpuLinear:
         weights = [torch.empty(rows, self.fields.depth, dtype=self._dtype) for rows in self._rows]
         check(self._runtime.library.tandem_unpack(self._runtime.handle, self.fields, *self._parts(weights)))
         return weights
+
+    def plain_biases(self) -> list[torch.Tensor | None]:
+        return list(self._plain_biases)
 
     def _compute(
         self, inputs: torch.Tensor, outputs: torch.Tensor, *, add: bool, fields: LinearFields | None = None

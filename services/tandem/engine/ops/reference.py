@@ -91,6 +91,12 @@ class PlainLinear:
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
         residual += self(inputs)
 
+    def plain_weights(self) -> list[torch.Tensor]:
+        return [weight for weight, _ in self._parts]
+
+    def plain_biases(self) -> list[torch.Tensor | None]:
+        return [bias for _, bias in self._parts]
+
 
 class WideningLinear:
     """Float32 inputs and outputs over narrower weights, which are widened a block of output rows at a time."""
@@ -112,6 +118,12 @@ class WideningLinear:
 
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
         residual += self(inputs)
+
+    def plain_weights(self) -> list[torch.Tensor]:
+        return [weight for weight, _ in self._parts]
+
+    def plain_biases(self) -> list[torch.Tensor | None]:
+        return [bias for _, bias in self._parts]
 
     @staticmethod
     def _multiply(inputs: torch.Tensor, weight: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -140,3 +152,9 @@ class TorchGatedLinear:
 
     def add_to(self, residual: torch.Tensor, inputs: torch.Tensor) -> None:
         residual += self(inputs)
+
+    def plain_weights(self) -> list[torch.Tensor]:
+        return self._gate_up.plain_weights()
+
+    def plain_biases(self) -> list[torch.Tensor | None]:
+        return self._gate_up.plain_biases()
