@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -57,44 +58,47 @@ def namespace() -> Iterator[Namespace]:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@contextlib.contextmanager
+def follower_of(service: Service, namespace: Namespace, role: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """Rank 1 of a worker, started by hand in the other namespace."""
+    command = ["ip", "netns", "exec", namespace.name, sys.executable, "-m", "tandem.cli.main", role]
+    command += ["--model.path", str(service.checkpoint), "--model.threads", "1", "--parallel.rank", "1", *flags]
+    with (service.folder / "follower.log").open("wb") as log:
+        follower = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            yield follower
+        finally:
+            follower.kill()
+            follower.wait()
+            assert follower.stdout is not None
+            follower.stdout.close()
+
+
 @pytest.mark.slow
 def test_a_stage_in_another_network_namespace(service: Service, oracle: Oracle, namespace: Namespace) -> None:
+    """It computes its layers, and pulls their KV itself from the prefill worker; when it goes, its worker goes."""
     token = service.folder / "token"
     token.write_text("a secret of the ranks of one worker")
     address = f"{namespace.here}:{PORT}"
     common = ["--parallel.rendezvous", address, "--parallel.token-file", str(token)]
     common += ["--parallel.trusted-network", "true"]
-    sizes = ("--parallel.pipeline-size", "2", "--parallel.remote-ranks", "1")
-    worker = service.worker("unified", *common, *sizes, "--scheduler.budget-tokens", "64")
-    log = (service.folder / "follower.log").open("wb")
-    command = ["ip", "netns", "exec", namespace.name, sys.executable, "-m", "tandem.cli.main", "unified"]
-    command += ["--model.path", str(service.checkpoint), "--model.threads", "1", "--parallel.rank", "1", *common]
-    follower = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-    )
-    try:
-        worker.wait_ready()
-        assert not worker.children("tandem.worker.follower_main"), "rank 1 is elsewhere"
+    prefill = service.worker("prefill", "--transfer.host", namespace.here, "--scheduler.budget-tokens", "64")
+    decode = service.worker("decode", *common, "--parallel.pipeline-size", "2", "--parallel.remote-ranks", "1")
+    with follower_of(service, namespace, "decode", *common) as follower:
+        decode.wait_ready()
+        assert not decode.children("tandem.worker.follower_main"), "rank 1 is elsewhere"
         assert follower.stdout is not None and '"first_layer": 2' in follower.stdout.readline()
-        stub = service.stub(service.gateway([], [worker]))
+        stub = service.stub(service.gateway([prefill.wait_ready()], [decode]))
         for length in (1, 150):
             prompt = random_prompt(random.Random(length), length)
             answer = stub.Generate(greedy(prompt, 24), timeout=60)
             oracle.check(prompt, list(answer.choices[0].token_ids), 24)
+        assert decode.worker_metric("local_prefills") == 0
         follower.kill()
         began = time.monotonic()
-        assert worker.process.wait(10.0) == 1
+        assert decode.process.wait(10.0) == 1
         assert time.monotonic() - began < SOON
-        assert "rank 1 at 10.213." in worker.log() and "its connection ended" in worker.log()
-    finally:
-        follower.kill()
-        follower.wait()
-        if follower.stdout is not None:
-            follower.stdout.close()
-        log.close()
+        assert "rank 1 at 10.213." in decode.log() and "its connection ended" in decode.log()
 
 
 def test_what_ranks_elsewhere_need_is_said_at_once(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,14 @@ def ranks() -> Iterator[Starter]:
     started: list[Engine] = []
     kept: list[object] = []
 
-    def starter(folder: Path, tensor_size: int, pipeline_size: int, expert_size: int = 1, **model: Any) -> list[Engine]:
+    def starter(
+        folder: Path,
+        tensor_size: int,
+        pipeline_size: int,
+        expert_size: int = 1,
+        folder_of: dict[int, Path] | None = None,
+        **model: Any,
+    ) -> list[Engine]:
         sharding = Sharding(tensor_size, pipeline_size)
         count = tensor_size * pipeline_size
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -93,7 +101,10 @@ def ranks() -> Iterator[Starter]:
 
         def one(rank: int) -> Engine:
             torch.set_num_threads(1)
-            return start_engine(config, lambda _: None, RankPlace(rank, sharding), meeting if count > 1 else None)
+            own = replace(config.model, path=str((folder_of or {}).get(rank, folder)))
+            return start_engine(
+                replace(config, model=own), lambda _: None, RankPlace(rank, sharding), meeting if count > 1 else None
+            )
 
         with ThreadPoolExecutor(count) as pool:
             engines = list(pool.map(one, range(count)))
@@ -136,6 +147,33 @@ def test_ranks_give_the_tokens_of_one_rank(tmp_path: Path, ranks: Starter, name:
             assert of_tensor_size.setdefault(tensor_size, found) == found, sharding
 
 
+def described_prompt(engines: list[Engine], sharding: Sharding) -> tuple[TokenLogprob, ...]:
+    """What is said about a prompt's tokens, chunk by chunk."""
+    device = Ranks(engines, RankPlace(0, sharding).drawing_rank)
+    driver = PlanDriver(device, num_pages=engines[0].layout.num_pages, page_tokens=PAGE_TOKENS)
+    request = driver.start(list(range(20)), 1)
+    described: list[TokenLogprob] = []
+    for _ in range(2):
+        row = replace(driver.row(request, 10), prompt_logprobs=2, next_token_id=10 if not request.computed else None)
+        (result,) = driver.execute([row])
+        described += result.prompt_logprobs
+        request.computed += 10
+    return tuple(described)
+
+
+def test_prompts_are_described_by_the_rank_that_has_the_logits(tmp_path: Path, ranks: Starter) -> None:
+    write_checkpoint(VARIANTS[0], tmp_path)
+    alone = described_prompt(ranks(tmp_path, 1, 1), Sharding())
+    assert len(alone) == 19
+    for tensor_size, pipeline_size in SIZES[:3]:
+        sharding = Sharding(tensor_size, pipeline_size)
+        found = described_prompt(ranks(tmp_path, tensor_size, pipeline_size), sharding)
+        assert [one.token_id for one in found] == [one.token_id for one in alone]
+        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in alone], abs=1e-3)
+        if tensor_size == 1:
+            assert found == alone
+
+
 def test_each_rank_has_its_part(tmp_path: Path, ranks: Starter) -> None:
     """Parts add up to the whole, every rank has as many pages as one rank alone, and ids say what may be compared."""
     write_checkpoint(next(variant for variant in VARIANTS if variant.name == "mistral_full"), tmp_path)
@@ -162,6 +200,13 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(ConfigError, match=message):
             start_engine(config, lambda _: None, RankPlace(0, sharding))
+
+
+def test_ranks_that_have_different_models_do_not_start(tmp_path: Path, ranks: Starter) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        write_checkpoint(VARIANTS[0], tmp_path / name, seed=seed)
+    with pytest.raises(ConfigError, match=r"parallel: rank 1 has fingerprint '.*', rank 0 has '"):
+        ranks(tmp_path / "a", 1, 2, folder_of={1: tmp_path / "b"})
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,9 @@ def test_a_kill_in_the_middle_of_work(programs: list[Program], tmp_path: Path) -
     worker = start(programs, tmp_path, "unified", *TENSOR, *STAGES, "--server.metrics-port", "0")
     followers = worker.children(FOLLOWER)
     assert len(followers) == 3
+    ranks = [*worker.children("tandem.worker.rank_main"), *followers]
+    listening = [one for pid in ranks for one in psutil.Process(pid).net_connections() if one.status == "LISTEN"]
+    assert {one.laddr.ip for one in listening} == {"127.0.0.1"}, "ranks of one host meet where nobody else comes"
     asking = threading.Thread(target=generate, args=(worker, 2000))
     asking.start()
     worker.wait_metric(lambda program: program.worker_metric("generated_tokens") > 3)

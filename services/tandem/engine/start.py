@@ -78,6 +78,8 @@ def start_engine(
     keep_freed_memory()
     place = place or RankPlace()
     device = rank_device(config, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL takes this thread's
     num_threads = rank_threads(config)
     checkpoint = locate_checkpoint(config.model, progress)
     with torch.inference_mode():

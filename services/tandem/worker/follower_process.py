@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import BinaryIO
 
 from tandem.ipc import Channel
 from tandem.worker.follower_messages import FROM_FOLLOWER, TO_FOLLOWER, FollowerFailed
@@ -18,6 +17,7 @@ from tandem.worker.follower_messages import FROM_FOLLOWER, TO_FOLLOWER, Follower
 STDERR_LINES = 20  # kept to say why it died
 EXIT_SECONDS = 0.5  # between the end of a channel and the end of its process
 _LINE_BYTES = 1 << 16
+_LAST_WORDS_SECONDS = 0.2
 
 
 class Follower:
@@ -34,8 +34,9 @@ class Follower:
         self._where = where
         self._child = child
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
-        if child is not None and child.stderr is not None:
-            threading.Thread(target=self._read_stderr, args=(child.stderr,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        if child is not None:
+            self._reader.start()
 
     @classmethod
     def spawn(cls, rank: int, command: tuple[str, ...] = ()) -> Follower:
@@ -67,6 +68,7 @@ class Follower:
             code = self._child.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return f"rank {self.rank} closed its channel and hangs"
+        self._reader.join(_LAST_WORDS_SECONDS)  # its children may hold stderr open, nothing more
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         last_words = "\n".join(self._stderr)
         return f"rank {self.rank} ended {how}" + (f"; it said last:\n{last_words}" if last_words else "")
@@ -83,8 +85,10 @@ class Follower:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(EXIT_SECONDS)
 
-    def _read_stderr(self, stderr: BinaryIO) -> None:
+    def _read_stderr(self) -> None:
         """Pass stderr on, line by line, and keep its end."""
+        assert self._child is not None and self._child.stderr is not None
+        stderr = self._child.stderr
         while line := stderr.readline(_LINE_BYTES):
             self._stderr.append(line.decode(errors="replace").rstrip())
             sys.stderr.buffer.write(line)
