@@ -56,7 +56,10 @@ def _serve(program: Program, config: Config) -> int:
     if config.parallel.rank:
         from tandem.worker.remote_follower import follow
 
-        return follow(program, config, lambda ready: _print_ready({"program": program, **dataclasses.asdict(ready)}))
+        def follower_ready(ready: Any) -> None:
+            _print_ready({"program": program, "rank": config.parallel.rank, **dataclasses.asdict(ready)})
+
+        return follow(program, config, follower_ready)
     from tandem.worker.main import WorkerReady, serve
 
     def ready(worker: WorkerReady) -> None:

@@ -107,6 +107,7 @@ def ready_of(engine: Engine, place: RankPlace) -> FollowerReady:
 
 
 def _fail(leader: Channel, failed: FollowerFailed) -> int:
+    _logger.error("%s", failed.message)
     try:
         leader.send(failed)
         deadline = time.monotonic() + FINISH_SECONDS

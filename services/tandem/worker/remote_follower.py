@@ -53,7 +53,8 @@ def follow(role: Role, config: Config, on_ready: Callable[[FollowerReady], None]
     from tandem.worker.follower import serve
 
     code = serve(_with_own(start, config, own_host), leader, on_ready)
-    _logger.info("rank %d has ended with code %d: rank 0 is gone, or something failed", parallel.rank, code)
+    if code == 0:
+        _logger.info("rank 0 has ended, and so does rank %d", parallel.rank)
     return code
 
 
