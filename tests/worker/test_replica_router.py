@@ -126,6 +126,20 @@ def test_a_forgotten_hand_off_is_a_new_one() -> None:
     assert bench.open(3, b"a") == 0 and len(bench.router.balancer) == 2
 
 
+def test_beginnings_are_not_shared_across_adapters() -> None:
+    bench = Bench()
+    prompt = pack(range(60))
+
+    def submit(request_id: int, adapter: str) -> int | None:
+        message = Submit(request_id=request_id, prompt_token_ids=prompt, sampling=SamplingParams(), adapter=adapter)
+        replica = bench.send(message)
+        assert replica is not None
+        bench.router.heard(replica, Ended(request_id=request_id, reason=EndReason.STOP))
+        return replica
+
+    assert [submit(1, ""), submit(2, "a"), submit(3, "a"), submit(4, "")] == [0, 1, 1, 0]
+
+
 def test_one_replica_gets_everything() -> None:
     bench = Bench(size=1)
     assert bench.router.balancer is None

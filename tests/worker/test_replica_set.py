@@ -17,7 +17,7 @@ import pytest
 from tandem.config import CacheConfig, Config, ModelConfig, ParallelConfig, TransferConfig
 from tandem.core.messages.handoff import RankEndpoint
 from tandem.core.messages.requests import Drain
-from tandem.core.messages.worker import RankFailed
+from tandem.core.messages.worker import AdapterInfo, AdaptersChanged, RankFailed
 from tandem.errors import TandemError
 from tandem.worker.replica_set import ReplicaSet, merge_ready, replica_config
 from tests.worker.streams import rank_ready
@@ -182,6 +182,19 @@ def test_pages_are_summed_and_bounds_are_those_of_each() -> None:
     for name, value in (("fingerprint", "g"), ("num_pages", 255), ("numerics", "n"), ("operators", "x")):
         with pytest.raises(TandemError, match=f"replica 1 is not like replica 0: {name}"):
             merge_ready([one, replace(one, **{name: value})])
+
+
+def test_an_adapter_is_served_once_every_replica_has_it() -> None:
+    async def scenario() -> None:
+        one, other = AdapterInfo("one", "1"), AdapterInfo("other", "2")
+        async with running("time.sleep(60)") as (replicas, _):
+            assert replicas.adapters_changed(0, AdaptersChanged((one,))).adapters == ()
+            assert replicas.adapters_changed(1, AdaptersChanged((one, other))).adapters == (one,)
+            assert replicas.adapters_changed(0, AdaptersChanged((one, other))).adapters == (one, other)
+            renewed = AdapterInfo("one", "3")
+            assert replicas.adapters_changed(0, AdaptersChanged((renewed, other))).adapters == (other,)
+
+    asyncio.run(scenario())
 
 
 def test_threads_memory_and_ports_are_shared_out() -> None:

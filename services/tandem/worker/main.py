@@ -206,7 +206,9 @@ class _Worker:
             RankReady: self._became_ready,
             RankFailed: self._replicas.failed,
             Stats: self._reported,
-            AdaptersChanged: lambda replica, changed: frontend.adapters_changed(changed),
+            AdaptersChanged: lambda replica, changed: frontend.adapters_changed(
+                self._replicas.adapters_changed(replica, changed)
+            ),
             StepEnded: self._step_ended,
             requests.Tokens: lambda replica, tokens: frontend.tokens(tokens),
             requests.Ended: lambda replica, ended: frontend.ended(ended),

@@ -92,7 +92,8 @@ class ReplicaRouter:
             case Submit():
                 cacheable = message.sampling.prompt_logprobs is None
                 tokens = message.prompt_token_ids + message.output_token_ids
-                return balancer.place(message.request_id, tokens, message.cache_salt, cacheable=cacheable)
+                salt = _salt(message.cache_salt, message.adapter)
+                return balancer.place(message.request_id, tokens, salt, cacheable=cacheable)
             case Cancel():
                 return balancer.replica_of(message.request_id)
             case OpenReceived():
@@ -112,7 +113,8 @@ class ReplicaRouter:
         replica = self._homes.find(opened.handoff_id, self._clock())
         if replica is None:
             cacheable = opened.sampling.prompt_logprobs is None
-            replica = balancer.place(key, opened.prompt_token_ids, opened.cache_salt, cacheable=cacheable)
+            salt = _salt(opened.cache_salt, opened.adapter_digest)
+            replica = balancer.place(key, opened.prompt_token_ids, salt, cacheable=cacheable)
         elif balancer.replica_of(key) is None:
             balancer.hold(key, replica, opened.prompt_token_ids)
         self._homes.opened(opened.handoff_id, message.stream_id, replica)
@@ -122,3 +124,8 @@ class ReplicaRouter:
         known = self._homes.of_stream(stream_id)
         if self._homes.closed(stream_id, self._clock()) and known is not None:
             balancer.ended(known[0])
+
+
+def _salt(cache_salt: str, adapter: str) -> str:
+    """Pages are shared neither across salts nor across adapters."""
+    return f"{adapter}\0{cache_salt}" if adapter else cache_salt

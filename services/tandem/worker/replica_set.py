@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from tandem.config import Config, ParallelConfig, Role, TransferConfig
-from tandem.core.messages.worker import RankFailed, RankReady
+from tandem.core.messages.worker import AdaptersChanged, RankFailed, RankReady
 from tandem.errors import TandemError
 from tandem.worker.messages import StartRank
 from tandem.worker.rank_process import RankProcess
@@ -37,6 +37,7 @@ _AGREED = (
     "numerics",
     "dtype",
     "operators",
+    "adapters",
 )
 
 
@@ -105,6 +106,12 @@ class ReplicaSet:
         if len(self._ready) < len(self):
             return None
         return merge_ready([self._ready[index] for index in range(len(self))])
+
+    def adapters_changed(self, replica: int, changed: AdaptersChanged) -> AdaptersChanged:
+        """A replica serves other adapters; return what every one of them serves, which the worker may promise."""
+        self._ready[replica] = replace(self._ready[replica], adapters=changed.adapters)
+        everywhere = set.intersection(*(set(ready.adapters) for ready in self._ready.values()))
+        return AdaptersChanged(tuple(adapter for adapter in changed.adapters if adapter in everywhere))
 
     def failed(self, replica: int, failed: RankFailed) -> None:
         """A replica says why it will end."""
