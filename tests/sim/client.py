@@ -86,7 +86,9 @@ class Client:
             return
         self.cancelled = True
         cause = self.world.random.choice([CancelCause.CLIENT, CancelCause.STOP_STRING, CancelCause.SESSION_LOST])
-        self.worker.event(Cancel(self.request_id, cause))
+        worker = self.worker
+        worker.event(Cancel(self.request_id, cause))
+        assert self.done or not worker.alive, f"client {self.number} hears nothing of its cancel"
 
     def hear(self, worker: SimWorker, message: Tokens | Ended) -> None:
         if worker is not self.worker or message.request_id != self.request_id:
@@ -124,6 +126,7 @@ class Client:
         else:
             assert self.cancelled, f"client {self.number}: {message}"
         self.done = True
+        world.last_end = world.now
 
     def worker_lost(self) -> None:
         if not self.done:

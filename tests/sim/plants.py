@@ -10,34 +10,43 @@ import pytest
 
 from tandem.core.exporter import Exporter
 from tandem.core.importer import Importer
+from tandem.core.kv_cache import KvCache
 from tandem.core.ledger import Ledger
-from tandem.core.messages.handoff import ReleaseReason, ReleaseReceived, StreamLost
+from tandem.core.messages.handoff import ReleaseReason, ReleaseReceived, SendRelease, StreamLost
 from tandem.core.messages.plans import Row
 from tandem.core.messages.transfer import PullEnded, PullStatus
+from tandem.core.microbatches import UNDIVIDED, Microbatches
 from tandem.core.pages import PagePool
 from tandem.core.planner import Planner
 from tandem.core.radix import Node, PrefixTree
+from tandem.core.scheduler import Scheduler
 from tandem.core.sharding import KvPart
 
 Patch = pytest.MonkeyPatch
-PLANTS: dict[str, Callable[[Patch], None]] = {}
+Fault = Callable[[Patch], None]
+PLANTS: dict[str, Fault] = {}
+SLICE_OF: dict[str, str] = {}  # the part of the promises that a fault breaks: see slices.py
 
 
-def plant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
-    PLANTS[function.__name__] = function
-    return function
+def plant(part: str) -> Callable[[Fault], Fault]:
+    def register(function: Fault) -> Fault:
+        PLANTS[function.__name__] = function
+        SLICE_OF[function.__name__] = part
+        return function
+
+    return register
 
 
 # ---- pages --------------------------------------------------------------------------------------------------------
 
 
-@plant
+@plant("pages")
 def freed_without_a_fence(patch: Patch) -> None:
     """A page returns to the free list only after the launches before its release."""
     patch.setattr(PagePool, "_retire", lambda self, page: None if self._busy[page] else self._to_free(page))
 
 
-@plant
+@plant("pages")
 def evicted_without_a_fence(patch: Patch) -> None:
     """A cached page is evicted only after the launches before its release."""
     original = PrefixTree.released
@@ -50,7 +59,7 @@ def evicted_without_a_fence(patch: Patch) -> None:
     patch.setattr(PrefixTree, "released", released)
 
 
-@plant
+@plant("reads")
 def busy_pages_reused(patch: Patch) -> None:
     """Pages under a read are quarantined until the read is proven over."""
 
@@ -63,7 +72,7 @@ def busy_pages_reused(patch: Patch) -> None:
     patch.setattr(Importer, "_stop_pulls", stop_pulls)
 
 
-@plant
+@plant("reads")
 def pull_ended_is_no_proof(patch: Patch) -> None:
     """The end of a pull clears its pages, whoever they belonged to."""
     original = Importer.pull_ended
@@ -76,7 +85,7 @@ def pull_ended_is_no_proof(patch: Patch) -> None:
     patch.setattr(Importer, "pull_ended", pull_ended)
 
 
-@plant
+@plant("exports")
 def freed_before_the_revocation_is_acknowledged(patch: Patch) -> None:
     """Exported pages are freed only when the transfer process serves them no longer."""
     original = Exporter._finish
@@ -89,7 +98,7 @@ def freed_before_the_revocation_is_acknowledged(patch: Patch) -> None:
     patch.setattr(Exporter, "_finish", finish)
 
 
-@plant
+@plant("prefixes")
 def a_child_under_somebody_elses_page(patch: Patch) -> None:
     """A page enters the tree only below its own request's path."""
     original = PrefixTree.insert
@@ -102,7 +111,7 @@ def a_child_under_somebody_elses_page(patch: Patch) -> None:
     patch.setattr(PrefixTree, "insert", insert)
 
 
-@plant
+@plant("exports")
 def a_hand_off_that_made_room_keeps_its_row(patch: Patch) -> None:
     """What gives its pages up while a plan is made has no row in it."""
 
@@ -114,7 +123,7 @@ def a_hand_off_that_made_room_keeps_its_row(patch: Patch) -> None:
     patch.setattr(Planner, "plan", plan)
 
 
-@plant
+@plant("resumptions")
 def resumed_output_without_pages(patch: Patch) -> None:
     """A resumed request's output may reach beyond the pages that are handed over."""
 
@@ -124,10 +133,51 @@ def resumed_output_without_pages(patch: Patch) -> None:
     patch.setattr("tandem.core.importer.max", smaller, raising=False)
 
 
+@plant("pages")
+def a_double_release(patch: Patch) -> None:
+    """A reference is dropped once."""
+    original = KvCache.release_request
+
+    def release_request(self: KvCache, request: Any) -> None:
+        pages = list(request.pages)
+        original(self, request)
+        self.release(pages)
+
+    patch.setattr(KvCache, "release_request", release_request)
+
+
+@plant("prefixes")
+def an_unpinned_prefix(patch: Patch) -> None:
+    """A held prefix is pinned from Open on."""
+    original = Importer.submit
+
+    def submit(self: Importer, request: Any, now: float) -> None:
+        original(self, request, now)
+        self._ledger.kv.release(request.pages)
+
+    patch.setattr(Importer, "submit", submit)
+
+
+@plant("exports")
+def half_a_reservation(patch: Patch) -> None:
+    """A prompt is admitted only when all of its pages are there."""
+    original = Planner._start
+
+    def start(self: Planner, request: Any, now: float) -> bool:
+        started = original(self, request, now)
+        half = len(request.pages) // 2
+        if started and half:
+            self._ledger.kv.release(request.pages[half:])
+            request.set_pages(request.pages[:half])
+        return started
+
+    patch.setattr(Planner, "_start", start)
+
+
 # ---- hand-off -----------------------------------------------------------------------------------------------------
 
 
-@plant
+@plant("exports")
 def a_lost_stream_is_a_release(patch: Patch) -> None:
     """EOF is no Release."""
 
@@ -137,7 +187,33 @@ def a_lost_stream_is_a_release(patch: Patch) -> None:
     patch.setattr(Exporter, "stream_lost", stream_lost)
 
 
-@plant
+@plant("exports")
+def a_lost_release(patch: Patch) -> None:
+    """Decode ends every stream with a Release."""
+    original = Ledger.emit
+
+    def emit(self: Ledger, effect: object) -> None:
+        if not isinstance(effect, SendRelease):
+            original(self, effect)
+
+    patch.setattr(Ledger, "emit", emit)
+
+
+@plant("exports")
+def a_partial_page_announced(patch: Patch) -> None:
+    """Only the last announced page may be partial: nothing writes to an announced page."""
+    original = Exporter.computed
+
+    def computed(self: Exporter, request: Any, now: float) -> None:
+        export = self._book.of(request)
+        export.computed = self._settings.pages_for(request.num_computed)
+        self._export(export)
+        original(self, request, now)
+
+    patch.setattr(Exporter, "computed", computed)
+
+
+@plant("exports")
 def slots_not_zeroed(patch: Patch) -> None:
     """Unused slots of the last page are zero."""
     original = Planner._extend_row
@@ -148,13 +224,13 @@ def slots_not_zeroed(patch: Patch) -> None:
     patch.setattr(Planner, "_extend_row", extend_row)
 
 
-@plant
+@plant("caps")
 def the_cap_ignored(patch: Patch) -> None:
     """Pages that one importer may pin are bounded."""
     patch.setattr(Exporter, "first_startable", lambda self, waiting: waiting[0] if waiting else None)
 
 
-@plant
+@plant("caps")
 def the_cap_of_what_is_pinned_only(patch: Patch) -> None:
     """The cap is checked against the whole prompt."""
 
@@ -164,7 +240,7 @@ def the_cap_of_what_is_pinned_only(patch: Patch) -> None:
     patch.setattr(Exporter, "first_startable", first_startable)
 
 
-@plant
+@plant("attempts")
 def a_lower_attempt_accepted(patch: Patch) -> None:
     """Attempts are ordered: an older one that comes late takes nothing over."""
     original = Exporter._refusal
@@ -176,7 +252,7 @@ def a_lower_attempt_accepted(patch: Patch) -> None:
     patch.setattr(Exporter, "_refusal", refusal)
 
 
-@plant
+@plant("reads")
 def a_mismatch_accepted(patch: Patch) -> None:
     """Pages are used only after their checksums matched."""
     original = Importer.pull_ended
@@ -190,13 +266,13 @@ def a_mismatch_accepted(patch: Patch) -> None:
     patch.setattr(Importer, "pull_ended", pull_ended)
 
 
-@plant
+@plant("reads")
 def not_landed_pages_used(patch: Patch) -> None:
     """Decoding starts only when every page is here."""
     patch.setattr("tandem.core.imports.Import.is_landed", property(lambda self: bool(self.landed)))
 
 
-@plant
+@plant("first tokens")
 def streams_left_behind(patch: Patch) -> None:
     """Decode ends every stream that it opened."""
     original = Importer._close_attempt
@@ -211,7 +287,7 @@ def streams_left_behind(patch: Patch) -> None:
 # ---- ranks --------------------------------------------------------------------------------------------------------
 
 
-@plant
+@plant("ranks")
 def wrong_head_range(patch: Patch) -> None:
     """A piece is the same heads at both of its ends."""
     original = KvPart.within
@@ -223,10 +299,25 @@ def wrong_head_range(patch: Patch) -> None:
     patch.setattr(KvPart, "within", within)
 
 
+# ---- stages -------------------------------------------------------------------------------------------------------
+
+
+@plant("stages")
+def a_plan_takes_all_rows(patch: Patch) -> None:
+    """A plan of a pipeline takes its share only."""
+    patch.setattr(Microbatches, "share", lambda self, decode, prompts: UNDIVIDED)
+
+
 # ---- ends ---------------------------------------------------------------------------------------------------------
 
 
-@plant
+@plant("ends")
+def a_lost_cancel(patch: Patch) -> None:
+    """A cancel ends its request at once."""
+    patch.setattr(Scheduler, "_cancel", lambda self, event, now: None)
+
+
+@plant("ends")
 def deadlines_ignored(patch: Patch) -> None:
     """A request ends when its deadline passes."""
     original = Ledger.enter
@@ -239,7 +330,7 @@ def deadlines_ignored(patch: Patch) -> None:
     patch.setattr(Ledger, "enter", enter)
 
 
-@plant
+@plant("ends")
 def a_slot_never_given_back(patch: Patch) -> None:
     """Whoever stops running gives its slot back."""
 
@@ -251,7 +342,7 @@ def a_slot_never_given_back(patch: Patch) -> None:
     patch.setattr(Ledger, "stop_running", stop_running)
 
 
-@plant
+@plant("exports")
 def leases_never_end(patch: Patch) -> None:
     """Orphaned hand-offs go when their lease is over."""
     patch.setattr(Exporter, "lease_due", lambda self, handoff_id, now: None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tandem.core.importer import Importer
 from tandem.core.messages.handoff import StreamFirstToken
+from tandem.core.messages.plans import Row
 from tandem.core.planner import Planner
 from tandem.core.states import State
 from tests.sim.plants import Patch, plant
@@ -14,7 +15,7 @@ from tests.sim.plants import Patch, plant
 # ---- tokens -------------------------------------------------------------------------------------------------------
 
 
-@plant
+@plant("tokens")
 def a_row_past_the_end(patch: Patch) -> None:
     """No speculative row past max_tokens."""
 
@@ -24,7 +25,7 @@ def a_row_past_the_end(patch: Patch) -> None:
     patch.setattr(Planner, "_may_speculate", may_speculate)
 
 
-@plant
+@plant("tokens")
 def a_speculative_row_with_penalties(patch: Patch) -> None:
     """No speculative row where the draw needs the tokens before it."""
 
@@ -35,7 +36,7 @@ def a_speculative_row_with_penalties(patch: Patch) -> None:
     patch.setattr(Planner, "_may_speculate", may_speculate)
 
 
-@plant
+@plant("first tokens")
 def the_first_token_sampled_again(patch: Patch) -> None:
     """A forwarded first token is known, also when the prompt is computed here in the end."""
     original = Importer._compute_here
@@ -47,7 +48,25 @@ def the_first_token_sampled_again(patch: Patch) -> None:
     patch.setattr(Importer, "_compute_here", compute_here)
 
 
-@plant
+@plant("first tokens")
+def a_stale_token(patch: Patch) -> None:
+    """A token that the host knows goes with its row: the device's last one may be somebody else's."""
+    original = Planner._decode_row
+
+    def decode_row(self: Planner, request: Any, now: float) -> Row | None:
+        row = original(self, request, now)
+        return None if row is None else replace(row, token_ids=())
+
+    patch.setattr(Planner, "_decode_row", decode_row)
+
+
+@plant("stages")
+def a_request_in_two_plans(patch: Patch) -> None:
+    """Where no device keeps the last token, a request decodes in one plan at a time."""
+    patch.setattr(Planner, "_may_speculate", lambda self, request: request.samples_in_flight < 2)
+
+
+@plant("first tokens")
 def a_first_token_taken_twice(patch: Patch) -> None:
     """A FirstToken of a later attempt is ignored."""
 
@@ -60,14 +79,14 @@ def a_first_token_taken_twice(patch: Patch) -> None:
     patch.setattr(Importer, "first_token", first_token)
 
 
-@plant
+@plant("tokens")
 def ends_below_min_tokens(patch: Patch) -> None:
     """No end token below min_tokens."""
     original = Planner._sample
     patch.setattr(Planner, "_sample", lambda self, request: replace(original(self, request), banned=()))
 
 
-@plant
+@plant("pages")
 def retracted_with_rows_in_flight(patch: Patch) -> None:
     """A request is retracted once its launches have resolved."""
     original = Planner._grow
@@ -84,7 +103,7 @@ def retracted_with_rows_in_flight(patch: Patch) -> None:
     patch.setattr(Planner, "_grow", grow)
 
 
-@plant
+@plant("pages")
 def output_forgotten_by_a_retraction(patch: Patch) -> None:
     """What a retracted request has said stays said."""
     original = Planner._retract

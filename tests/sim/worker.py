@@ -71,6 +71,7 @@ class SimWorker:
         self.clients: dict[int, Client] = {}
         self._num_streams = 0
         self._timer_at: float | None = None
+        self._busy_until = 0.0
 
     def new_stream_id(self) -> int:
         self._num_streams += 1
@@ -88,6 +89,8 @@ class SimWorker:
             return
         self.world.log(self.name, "<-", event)
         now = self.device.now = self.world.now
+        if not self.scheduler.idle:
+            self._busy_until = now
         check = self.watch.expects(event)
         self.scheduler.handle(event, now)
         if check is not None:
@@ -155,12 +158,14 @@ class SimWorker:
             case _:
                 raise AssertionError(f"nobody takes {effect}")
 
-    def check_quiescent(self) -> None:
+    def check_quiescent(self, due: float) -> None:
+        """Everything is given back, and was by `due`: nothing has waited for a deadline."""
         if not self.alive:
             return
         counts = self.scheduler.kv.pool.counts()
         assert self.scheduler.idle, f"{self.name} is not idle: {self.scheduler.load(self.world.now)}"
         assert counts.free + counts.cached == counts.total, f"{self.name}: {counts}"
         self.watch.at_rest()
+        assert self._busy_until <= due, f"{self.name} was at rest at {self._busy_until}, not by {due}"
         slots = self.scheduler._ledger._slots
         assert sorted(slots) == list(range(self.world.options.max_running)), f"{self.name} has these slots: {slots}"

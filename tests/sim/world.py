@@ -26,6 +26,7 @@ from tests.sim.client import Client
 from tests.sim.transfer import SimTransfer
 from tests.sim.worker import SimWorker
 
+REST_SECONDS = 2.0  # after the last client's end, and a lease, nobody has anything to do any more
 COUNTED = (
     "discarded_rows",
     "checksum_mismatches",
@@ -105,6 +106,7 @@ class World:
         self.options = options
         self.now = 0.0
         self._transcript: deque[tuple[float, str, str, object]] = deque(maxlen=4000)  # worded when somebody reads it
+        self.last_end = 0.0  # when the last client had its answer, or its error
         self.seen: Counter[str] = Counter()  # what has happened in this run
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
@@ -145,7 +147,7 @@ class World:
         stuck = [client for client in self.clients if not client.done]
         assert not stuck, f"stuck: {[(client.number, len(client.journal)) for client in stuck]}"
         for worker in [*self.prefills, *self.decodes, *self.retired]:
-            worker.check_quiescent()
+            worker.check_quiescent(self.last_end + self.options.handoff.lease_seconds + REST_SECONDS)
             load = worker.scheduler.load(self.now)
             self.seen.update({name: getattr(load, name) for name in COUNTED})
 
