@@ -12,6 +12,7 @@ from collections.abc import Callable
 from tandem.config import Role, SchedulerConfig
 from tandem.core.messages import handoff, transfer
 from tandem.core.messages.requests import Cancel, CancelCause, PrefillPeer
+from tandem.core.roles import loop_of
 from tests.core.import_rig import ENDPOINT
 from tests.core.rig import Rig
 from tests.core.show import show
@@ -22,9 +23,12 @@ PREFILL = b"prefill"
 class Recorder(Rig):
     """A rig that writes down what its scheduler hears, plans and says."""
 
-    def __init__(self, name: str, role: Role, lines: list[str], route: Callable[[str, object], None]) -> None:
-        scheduler = SchedulerConfig(budget_tokens=8, step_seconds_max=0.0)
-        super().__init__(role, chain=2, instance_id=name.encode(), scheduler=scheduler)
+    def __init__(
+        self, name: str, role: Role, stages: int, lines: list[str], route: Callable[[str, object], None]
+    ) -> None:
+        scheduler = SchedulerConfig(budget_tokens=8, microbatch_tokens_min=1, step_seconds_max=0.0)
+        loop = loop_of(role, "pipelined" if stages > 1 else "overlap", stages)
+        super().__init__(role, chain=loop.chain, stages=loop.stages, instance_id=name.encode(), scheduler=scheduler)
         self.name = name
         self._lines = lines
         self._route = route
@@ -41,13 +45,14 @@ class Recorder(Rig):
         return effects
 
     def compute(self) -> bool:
-        """Plan and resolve one step; whether there was anything to do."""
-        rows = self.plan()
-        for row in rows:
-            self._lines.append(f"{self.name} => {show(row)}")
-        if rows:
+        """Plan until every stage has something, and resolve the oldest plan; whether there was anything to do."""
+        while len(self.in_flight) < self.settings.stages and (rows := self.plan()):
+            number = f" {self.in_flight[-1].plan_id}:" if self.settings.stages > 1 else ""
+            self._lines += (f"{self.name} =>{number} {show(row)}" for row in rows)
+        if self.in_flight:
             self.resolve()
-        return bool(rows)
+            return True
+        return False
 
 
 class Pair:
@@ -63,11 +68,16 @@ class Pair:
         self._start("prefill", "prefill")
         self._start("decode", "decode")
 
-    def _start(self, name: str, role: Role) -> None:
-        rig = self._workers[name] = Recorder(name, role, self.lines, self._routed)
+    def _start(self, name: str, role: Role, stages: int = 1) -> None:
+        rig = self._workers[name] = Recorder(name, role, stages, self.lines, self._routed)
         rig.send(transfer.TransferReady(name.encode(), (ENDPOINT,), ("tcp",)))
 
     # ---- commands -------------------------------------------------------------------------------------------------
+
+    def pipelined(self, prefill_stages: str, decode_stages: str) -> None:
+        """pipelined STAGES STAGES: other workers for both, with so many stages; before anything else"""
+        self._start("prefill", "prefill", int(prefill_stages))
+        self._start("decode", "decode", int(decode_stages))
 
     def submit(self, worker: str, prompt: str, max_tokens: str, attempt: str = "1", *outputs: str) -> None:
         """submit WORKER PROMPT_LENGTH MAX_TOKENS [ATTEMPT [OUTPUT ...]]"""

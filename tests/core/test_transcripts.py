@@ -43,7 +43,7 @@ def test_transcript(scene: Path) -> None:
 
 
 def test_there_are_scenes_and_they_say_something() -> None:
-    assert [scene.stem for scene in SCENES] == ["attach", "calm", "cancel_mid_pull"]
+    assert [scene.stem for scene in SCENES] == ["attach", "calm", "cancel_mid_pull", "pipelined"]
     assert all(scene.read_text().count("    ") > 10 for scene in SCENES)
 
 
