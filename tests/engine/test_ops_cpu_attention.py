@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tandem.engine.ops.contract import AttentionStep, HeadNorms, TokenBatch
 from tandem.engine.ops.reference import ReferenceOperators
+from tandem.engine.ops.reference_attention import ReferenceAttention
 from tests.engine.ops_cpu_cases import (
     BF16_UNIT,
     PAIRED_KERNELS,
@@ -153,3 +154,21 @@ def test_broken_values_are_stored_as_zero(kernels: str, dtype: torch.dtype) -> N
     assert torch.equal(pool[0, 0, 1, 0, 0], expected)
     assert pool.isfinite().all()
     assert pool[0, 0, 0, 0, 1, 0] == 0.0
+
+
+@every_kernel
+@pytest.mark.parametrize("rows", [[(30, 1)], [(0, 20)]], ids=["decode", "prompt"])
+def test_a_window_that_is_off_by_one_is_found(
+    kernels: str, rows: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proof that the comparison above can fail: one position more is attended to on one of its sides."""
+
+    def compare() -> None:
+        test_plan.hypothesis.inner_test(kernels, rows, 8, (2, 1), 32, 5, torch.float32, False, 7)  # type: ignore[attr-defined]
+
+    compare()
+    original = ReferenceAttention._plan
+    wider = lambda self, batch, window: original(self, batch, window and window + 1)  # noqa: E731
+    monkeypatch.setattr(ReferenceAttention, "_plan", wider)
+    with pytest.raises(AssertionError):
+        compare()
