@@ -75,6 +75,7 @@ def test_the_engine_benchmark_is_told_its_combinations(asked: list[tuple[str, st
         ["engine", "--cell-seconds", "0"],
         ["loops", "--rounds", "0"],
         ["loops", "--threads", "-1"],
+        ["loops", "--roles", "prefil"],
         ["make-model", "--shape", "tiny", "--out", "x", "--seed", "-1"],
     ],
 )

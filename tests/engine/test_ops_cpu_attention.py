@@ -164,7 +164,7 @@ def test_a_window_that_is_off_by_one_is_found(
     """Proof that the comparison above can fail: one position more is attended to on one of its sides."""
 
     def compare() -> None:
-        test_plan.hypothesis.inner_test(kernels, rows, 8, (2, 1), 32, 5, torch.float32, False, 7)  # type: ignore[attr-defined]
+        test_plan.hypothesis.inner_test(kernels, rows, 8, (2, 1), 32, 5, torch.float32, False, 7)
 
     compare()
     original = ReferenceAttention._plan

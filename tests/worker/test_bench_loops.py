@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tandem.core.messages.requests import Ended, EndReason
@@ -27,6 +29,21 @@ def test_both_loops_serve_the_whole_load_alike() -> None:
     summary = summary_of(rounds)
     assert summary["same_tokens"] is True
     assert "equal" in lines_of(summary)[-1] and "NOT" not in lines_of(summary)[-1]
+
+
+def test_each_role_has_its_part_of_the_work() -> None:
+    prompts, answers = make_load(REQUEST, 50, "prefill"), make_load(REQUEST, 50, "decode")
+    assert {submit.sampling.max_tokens for submit in prompts} == {1}
+    assert {len(unpack(submit.prompt_token_ids)) for submit in answers} == {1}
+    rounds = bench_loops(replace(REQUEST, roles=("prefill", "decode")), lambda text: None)
+    assert [(one.role, one.loop) for one in rounds] == [
+        ("prefill", "normal"),
+        ("prefill", "overlap"),
+        ("decode", "normal"),
+        ("decode", "overlap"),
+    ]
+    assert rounds[0].output_tokens == REQUEST.requests and rounds[0].prompt_tokens > rounds[2].prompt_tokens
+    assert rounds[0].tokens_per_second == rounds[0].prompt_tokens / rounds[0].wall_seconds
 
 
 def test_the_load_is_the_same_every_time_and_within_its_bounds() -> None:

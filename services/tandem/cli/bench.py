@@ -12,7 +12,7 @@ import sys
 from typing import Any, get_args
 
 from tandem.cli.bench_shapes import SHAPES
-from tandem.config import OperatorChoice
+from tandem.config import OperatorChoice, Role
 from tandem.errors import ConfigError
 
 _ENGINE_PROGRAM, _LOOPS_PROGRAM = "tandem.engine.bench_main", "tandem.worker.bench_loops"
@@ -56,6 +56,12 @@ def _add_loops(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     loops.add_argument("--concurrency", type=int, default=8, help="requests at once (default 8)")
     loops.add_argument("--prompt-tokens", type=int, default=128, help="longest prompt (default 128)")
     loops.add_argument("--max-tokens", type=int, default=32, help="longest answer (default 32)")
+    loops.add_argument(
+        "--roles",
+        default="unified",
+        metavar="ROLE,ROLE",
+        help="whose work: unified, prefill (prompts), decode (answers)",
+    )
     loops.add_argument("--rounds", type=int, default=3, help="of each loop (default 3)")
     loops.add_argument("--json", default="", metavar="FILE", help="write the result there as well")
     loops.set_defaults(run=_run_loops)
@@ -96,7 +102,11 @@ def _run_loops(arguments: argparse.Namespace) -> int:
     names = ("requests", "concurrency", "prompt_tokens", "max_tokens", "rounds")
     _check_counts(arguments, least=0, names=("threads",))
     _check_counts(arguments, least=1, names=names)
-    return _run(_LOOPS_PROGRAM, "loops", {**_model_of(arguments), **{name: getattr(arguments, name) for name in names}})
+    roles = [role for role in arguments.roles.split(",") if role]
+    if not roles or any(role not in get_args(Role) for role in roles):
+        raise ConfigError(f"--roles: {arguments.roles!r} is no list of {', '.join(get_args(Role))}")
+    counts = {name: getattr(arguments, name) for name in names}
+    return _run(_LOOPS_PROGRAM, "loops", {**_model_of(arguments), **counts, "roles": roles})
 
 
 def _model_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`tandem bench loops`: the loops `normal` and `overlap` in turns, on one engine and the same load.
 
 The scheduler, the device and the loop are the worker's own; the ports are in memory, so that nothing but the loops
-differs and no pipe is measured. A load keeps `concurrency` requests alive: whoever ends makes room for the next.
+differs and no pipe is measured. A load is what a worker of one role computes: prompts and answers, prompts only, or
+answers only. It keeps `concurrency` requests alive: whoever ends makes room for the next.
 Run by the command line as `python -m tandem.worker.bench_loops loops REQUEST`, REQUEST being JSON.
 """
 
@@ -22,13 +23,13 @@ from pathlib import Path
 
 import msgspec
 
-from tandem.config import CacheConfig, Config, ModelConfig, OperatorChoice, SchedulerConfig
+from tandem.config import CacheConfig, Config, ModelConfig, OperatorChoice, Role, SchedulerConfig
 from tandem.core.messages.requests import Drain, Ended, EndReason, Submit, Tokens
 from tandem.core.messages.sampling import SamplingParams
 from tandem.core.roles import Pacing, loop_of
 from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
-from tandem.core.token_ids import pack
+from tandem.core.token_ids import BYTES_PER_TOKEN, pack
 from tandem.engine.device import Device
 from tandem.engine.start import Engine, start_engine
 from tandem.errors import ConfigError, TandemError
@@ -36,13 +37,17 @@ from tandem.worker.chores import Chores
 from tandem.worker.loop import run
 
 LOOPS: tuple[Pacing, ...] = ("normal", "overlap")
+_WHAT: dict[Role, str] = {"unified": "prompts and answers", "prefill": "prompts only", "decode": "answers only"}
 _POOL_BYTES = 1 << 30
 _SHORTEST = 0.5  # of the longest prompt and answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopsRequest:
-    """`prompt_tokens` and `max_tokens` are the longest; lengths are drawn from half of that up."""
+    """`prompt_tokens` and `max_tokens` are the longest; lengths are drawn from half of that up.
+
+    `roles`: whose part of the work is done. Prefill draws one token a prompt; decode's prompts have one token.
+    """
 
     model: str
     ops: OperatorChoice = "auto"
@@ -53,6 +58,7 @@ class LoopsRequest:
     max_tokens: int = 32
     rounds: int = 3
     json_path: str = ""
+    roles: tuple[Role, ...] = ("unified",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +73,13 @@ class Round:
     ttft: tuple[float, ...]
     itl: tuple[float, ...]
     outputs: tuple[tuple[int, ...], ...]
+    role: Role = "unified"
+    prompt_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.output_tokens / self.wall_seconds
+        """Of answers; where there are only prompts, of those."""
+        return (self.prompt_tokens if self.role == "prefill" else self.output_tokens) / self.wall_seconds
 
     @property
     def idle_share(self) -> float:
@@ -132,20 +141,24 @@ class MemoryPorts:
             self._events.append(Drain())
 
 
-def make_load(request: LoopsRequest, vocab_size: int, seed: int = 0) -> list[Submit]:
+def make_load(request: LoopsRequest, vocab_size: int, role: Role = "unified", seed: int = 0) -> list[Submit]:
     """Random prompts; equal for equal requests."""
     generator = random.Random(seed)
     load = []
     for number in range(request.requests):
         prompt_tokens = generator.randint(max(1, int(request.prompt_tokens * _SHORTEST)), request.prompt_tokens)
         max_tokens = generator.randint(max(1, int(request.max_tokens * _SHORTEST)), request.max_tokens)
+        prompt_tokens = 1 if role == "decode" else prompt_tokens
+        max_tokens = 1 if role == "prefill" else max_tokens
         prompt = pack(generator.randrange(vocab_size) for _ in range(prompt_tokens))
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         load.append(Submit(request_id=number + 1, prompt_token_ids=prompt, sampling=sampling))
     return load
 
 
-def run_round(engine: Engine, loop_name: Pacing, load: Sequence[Submit], concurrency: int) -> Round:
+def run_round(
+    engine: Engine, loop_name: Pacing, load: Sequence[Submit], concurrency: int, role: Role = "unified"
+) -> Round:
     """Serve the load with a scheduler of its own; the device and its pool stay."""
     loop = loop_of("unified", loop_name)
     settings = SchedulerSettings(
@@ -172,6 +185,8 @@ def run_round(engine: Engine, loop_name: Pacing, load: Sequence[Submit], concurr
         ttft=tuple(ports.ttft()),
         itl=tuple(ports.itl()),
         outputs=tuple(map(tuple, ports.outputs.values())),
+        role=role,
+        prompt_tokens=sum(len(submit.prompt_token_ids) for submit in load) // BYTES_PER_TOKEN,
     )
 
 
@@ -187,20 +202,22 @@ def bench_loops(request: LoopsRequest, progress: Callable[[str], None]) -> list[
     try:
         if request.prompt_tokens + request.max_tokens > most:
             raise ConfigError(f"--prompt-tokens: prompt and answer exceed the {most} tokens that fit")
-        load = make_load(request, engine.spec.vocab_size)
         rounds = []
-        for number in range(request.rounds + 1):
-            for loop in LOOPS:
-                progress(f"round {number} of {request.rounds}, {loop}" if number else f"warming up, {loop}")
-                done = run_round(engine, loop, load, request.concurrency)
-                rounds += [done] if number else []
+        for role in request.roles:
+            load = make_load(request, engine.spec.vocab_size, role)
+            for number in range(request.rounds + 1):
+                for loop in LOOPS:
+                    what = f"round {number} of {request.rounds}" if number else "warming up"
+                    progress(f"{_WHAT[role]}: {what}, {loop}")
+                    done = run_round(engine, loop, load, request.concurrency, role)
+                    rounds += [done] if number else []
         return rounds
     finally:
         engine.device.close()
 
 
 def summary_of(rounds: Sequence[Round]) -> dict[str, object]:
-    """Medians of each loop, and how they compare. `ideal`: what overlapping all host work would bring."""
+    """Medians of each loop over one role's rounds, and how they compare. `ideal`: with all host work overlapped."""
     by_loop = {loop: [one for one in rounds if one.loop == loop] for loop in LOOPS}
     pairs = zip(by_loop["overlap"], by_loop["normal"], strict=True)
     normal = by_loop["normal"]
@@ -266,10 +283,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 1
-    summary = summary_of(rounds)
-    print("\n".join(lines_of(summary)))
+    summaries = {role: summary_of([one for one in rounds if one.role == role]) for role in request.roles}
+    for role, summary in summaries.items():
+        print("\n".join([f"{role}: {_WHAT[role]}", *lines_of(summary), ""]))
     if request.json_path:
-        content = {**summary, "rounds": [{**asdict(one), "outputs": None} for one in rounds]}
+        content = {"roles": summaries, "rounds": [{**asdict(one), "outputs": None} for one in rounds]}
         Path(request.json_path).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
