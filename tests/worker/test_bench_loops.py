@@ -31,6 +31,14 @@ def test_both_loops_serve_the_whole_load_alike() -> None:
     assert "equal" in lines_of(summary)[-1] and "NOT" not in lines_of(summary)[-1]
 
 
+def test_stages_are_a_third_loop_with_the_same_tokens() -> None:
+    rounds = bench_loops(replace(REQUEST, stages=2), lambda text: None)
+    assert [one.loop for one in rounds] == ["normal", "overlap", "pipelined"]
+    summary = summary_of(rounds)
+    assert summary["same_tokens"] is True
+    assert any(line.startswith("pipelined / normal: ") for line in lines_of(summary))
+
+
 def test_each_role_has_its_part_of_the_work() -> None:
     prompts, answers = make_load(REQUEST, 50, "prefill"), make_load(REQUEST, 50, "decode")
     assert {submit.sampling.max_tokens for submit in prompts} == {1}

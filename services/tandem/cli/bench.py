@@ -62,6 +62,7 @@ def _add_loops(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="ROLE,ROLE",
         help="whose work: unified, prefill (prompts), decode (answers)",
     )
+    loops.add_argument("--stages", type=int, default=1, help="more than 1: the pipelined loop, too (default 1)")
     loops.add_argument("--rounds", type=int, default=3, help="of each loop (default 3)")
     loops.add_argument("--json", default="", metavar="FILE", help="write the result there as well")
     loops.set_defaults(run=_run_loops)
@@ -99,7 +100,7 @@ def _run_engine(arguments: argparse.Namespace) -> int:
 
 
 def _run_loops(arguments: argparse.Namespace) -> int:
-    names = ("requests", "concurrency", "prompt_tokens", "max_tokens", "rounds")
+    names = ("requests", "concurrency", "prompt_tokens", "max_tokens", "rounds", "stages")
     _check_counts(arguments, least=0, names=("threads",))
     _check_counts(arguments, least=1, names=names)
     roles = [role for role in arguments.roles.split(",") if role]

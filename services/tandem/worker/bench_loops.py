@@ -1,8 +1,9 @@
-"""`tandem bench loops`: the loops `normal` and `overlap` in turns, on one engine and the same load.
+"""`tandem bench loops`: the loops `normal`, `overlap` and, with stages, `pipelined` in turns, on the same load.
 
 The scheduler, the device and the loop are the worker's own; the ports are in memory, so that nothing but the loops
 differs and no pipe is measured. A load is what a worker of one role computes: prompts and answers, prompts only, or
-answers only. It keeps `concurrency` requests alive: whoever ends makes room for the next.
+answers only; it keeps `concurrency` requests alive: whoever ends makes room for the next. Normal and overlap share an
+engine, the stages of pipelined have processes of their own.
 Run by the command line as `python -m tandem.worker.bench_loops loops REQUEST`, REQUEST being JSON.
 """
 
@@ -17,16 +18,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 
-from tandem.config import CacheConfig, Config, ModelConfig, OperatorChoice, Role, SchedulerConfig
+from tandem.config import CacheConfig, Config, ModelConfig, OperatorChoice, ParallelConfig, Role, SchedulerConfig
 from tandem.core.messages.requests import Drain, Ended, EndReason, Submit, Tokens
 from tandem.core.messages.sampling import SamplingParams
-from tandem.core.roles import Pacing, loop_of
+from tandem.core.roles import Loop, Pacing, loop_of
 from tandem.core.scheduler import TOKEN_BYTES, Scheduler
 from tandem.core.settings import SchedulerSettings
 from tandem.core.token_ids import BYTES_PER_TOKEN, pack
@@ -34,6 +35,8 @@ from tandem.engine.device import Device
 from tandem.engine.start import Engine, start_engine
 from tandem.errors import ConfigError, TandemError
 from tandem.worker.chores import Chores
+from tandem.worker.follower_process import Follower
+from tandem.worker.leader import LOCAL_HOST, start_ranks
 from tandem.worker.loop import run
 
 LOOPS: tuple[Pacing, ...] = ("normal", "overlap")
@@ -59,6 +62,7 @@ class LoopsRequest:
     rounds: int = 3
     json_path: str = ""
     roles: tuple[Role, ...] = ("unified",)
+    stages: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +160,21 @@ def make_load(request: LoopsRequest, vocab_size: int, role: Role = "unified", se
     return load
 
 
-def run_round(
-    engine: Engine, loop_name: Pacing, load: Sequence[Submit], concurrency: int, role: Role = "unified"
-) -> Round:
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A loop and the engine that it runs on."""
+
+    loop: Loop
+    engine: Engine
+
+
+def run_round(lane: Lane, load: Sequence[Submit], concurrency: int, role: Role = "unified") -> Round:
     """Serve the load with a scheduler of its own; the device and its pool stay."""
-    loop = loop_of("unified", loop_name)
+    loop, engine = lane.loop, lane.engine
     settings = SchedulerSettings(
         role="unified",
         chain=loop.chain,
+        stages=loop.stages,
         num_pages=engine.layout.num_pages,
         page_tokens=engine.layout.page_tokens,
         max_context_tokens=engine.spec.max_context_tokens,
@@ -177,7 +188,7 @@ def run_round(
     run(scheduler, engine.device, ports, time.monotonic, loop.depth, chores)
     wall = time.monotonic() - began
     return Round(
-        loop=loop_name,
+        loop=loop.pacing,
         wall_seconds=wall,
         device_seconds=scheduler.load(time.monotonic()).device_seconds,
         host_seconds=wall - ports.waited_seconds,
@@ -197,36 +208,58 @@ def bench_loops(request: LoopsRequest, progress: Callable[[str], None]) -> list[
         cache=CacheConfig(pool_bytes_max=_POOL_BYTES),
         scheduler=SchedulerConfig(max_running_requests=request.concurrency),
     )
-    engine = start_engine(config, progress)
-    most = min(engine.spec.max_context_tokens, engine.layout.num_pages * engine.layout.page_tokens)
+    lanes = start_lanes(config, request.stages, progress)
     try:
+        engine = lanes[0].engine
+        most = min(engine.spec.max_context_tokens, engine.layout.num_pages * engine.layout.page_tokens)
         if request.prompt_tokens + request.max_tokens > most:
             raise ConfigError(f"--prompt-tokens: prompt and answer exceed the {most} tokens that fit")
         rounds = []
         for role in request.roles:
             load = make_load(request, engine.spec.vocab_size, role)
             for number in range(request.rounds + 1):
-                for loop in LOOPS:
+                for lane in lanes:
                     what = f"round {number} of {request.rounds}" if number else "warming up"
-                    progress(f"{_WHAT[role]}: {what}, {loop}")
-                    done = run_round(engine, loop, load, request.concurrency, role)
+                    progress(f"{_WHAT[role]}: {what}, {lane.loop.pacing}")
+                    done = run_round(lane, load, request.concurrency, role)
                     rounds += [done] if number else []
         return rounds
     finally:
-        engine.device.close()
+        for device in {id(lane.engine): lane.engine.device for lane in lanes}.values():
+            device.close()
+
+
+def start_lanes(config: Config, stages: int, progress: Callable[[str], None]) -> list[Lane]:
+    """Start what runs the loops. Pipelined ranks get as many compute threads in all as the one engine has."""
+    engine = start_engine(config, progress)
+    lanes = [Lane(loop_of("unified", pacing), engine) for pacing in LOOPS]
+    if stages > 1:
+        try:
+            parted = replace(config, parallel=ParallelConfig(pipeline_size=stages))
+            followers = [Follower.spawn(rank) for rank in range(1, stages)]
+            ranks = start_ranks("unified", parted, LOCAL_HOST, followers, progress)
+        except BaseException:
+            engine.device.close()
+            raise
+        lanes.append(Lane(loop_of("unified", "pipelined", stages), ranks.engine))
+    return lanes
 
 
 def summary_of(rounds: Sequence[Round]) -> dict[str, object]:
     """Medians of each loop over one role's rounds, and how they compare. `ideal`: with all host work overlapped."""
-    by_loop = {loop: [one for one in rounds if one.loop == loop] for loop in LOOPS}
-    pairs = zip(by_loop["overlap"], by_loop["normal"], strict=True)
+    by_loop = {loop: [one for one in rounds if one.loop == loop] for loop in dict.fromkeys(one.loop for one in rounds)}
     normal = by_loop["normal"]
     ideals = [(one.device_seconds + one.host_seconds) / max(one.device_seconds, one.host_seconds) for one in normal]
+    ratios = {
+        f"{loop}_over_normal": statistics.median(
+            one.tokens_per_second / other.tokens_per_second for one, other in zip(found, normal, strict=True)
+        )
+        for loop, found in by_loop.items()
+        if loop != "normal"
+    }
     return {
         "loops": {loop: _figures(found) for loop, found in by_loop.items()},
-        "overlap_over_normal": statistics.median(
-            overlap.tokens_per_second / normal.tokens_per_second for overlap, normal in pairs
-        ),
+        **ratios,
         "ideal": statistics.median(ideals),
         "same_tokens": len({one.outputs for one in rounds}) == 1,
     }
@@ -255,19 +288,24 @@ def lines_of(summary: dict[str, object]) -> list[str]:
     loops = summary["loops"]
     assert isinstance(loops, dict)
     lines = [
-        f"{'loop':<9}{'tokens/s':>10}{'device idle':>13}{'host':>8}"
+        f"{'loop':<11}{'tokens/s':>10}{'device idle':>13}{'host':>8}"
         f"{'TTFT p50':>12}{'p99':>10}{'ITL p50':>12}{'p99 ms':>10}"
     ]
     for loop, found in loops.items():
         times = [found[name] * 1e3 for name in ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99")]
         lines.append(
-            f"{loop:<9}{found['tokens_per_second']:>10.1f}{found['device_idle_share']:>13.1%}"
+            f"{loop:<11}{found['tokens_per_second']:>10.1f}{found['device_idle_share']:>13.1%}"
             f"{found['host_seconds_share']:>8.1%}{times[0]:>12.1f}{times[1]:>10.1f}{times[2]:>12.2f}{times[3]:>10.2f}"
         )
     lines += [
         "",
         f"overlap / normal: {summary['overlap_over_normal']:.3f} of the tokens/s; "
         f"ideal {summary['ideal']:.3f} = (device + host) / max(device, host)",
+        *(
+            [f"pipelined / normal: {summary['pipelined_over_normal']:.3f} of the tokens/s"]
+            if "pipelined_over_normal" in summary
+            else []
+        ),
         "tokens of all rounds: " + ("equal" if summary["same_tokens"] else "NOT equal"),
     ]
     return lines

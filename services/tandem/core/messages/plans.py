@@ -75,4 +75,4 @@ class PlanResolved:
 
     plan_id: int
     rows: tuple[RowResult, ...]
-    device_seconds: float = 0.0  # time in which the device computed this plan
+    device_seconds: float = 0.0  # time in which the device computed this plan; of several ranks, the slowest one's
