@@ -87,6 +87,12 @@ def test_what_cannot_be_asked_for_is_refused(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_fewer_layers_can_be_made(asked: list[tuple[str, str, dict[str, Any]]]) -> None:
+    for words, layers in (([], 48), (["--layers", "4"], 4)):
+        assert main(["bench", "make-model", "--shape", "qwen3-30b-a3b", "--out", "x", *words]) == 0
+        assert asked[-1][2]["config"]["num_hidden_layers"] == layers
+
+
 def test_make_model_and_engine_in_their_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, result = tmp_path / "model", tmp_path / "result.json"
     assert main(["bench", "make-model", "--shape", "tiny", "--out", str(folder)]) == 0

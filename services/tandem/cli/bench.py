@@ -32,6 +32,7 @@ def _add_make_model(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) 
     make = kinds.add_parser("make-model", help="write a checkpoint with random weights in the shape of a known model")
     make.add_argument("--shape", choices=tuple(SHAPES), required=True, help="whose shape")
     make.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    make.add_argument("--layers", type=int, default=0, help="only so many of its layers (default: all)")
     make.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default bfloat16)")
     make.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     make.set_defaults(run=_run_make_model)
@@ -75,9 +76,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_make_model(arguments: argparse.Namespace) -> int:
-    _check_counts(arguments, least=0, names=("seed",))
+    _check_counts(arguments, least=0, names=("seed", "layers"))
+    shape = SHAPES[arguments.shape]
     request = {
-        "config": SHAPES[arguments.shape],
+        "config": {**shape, "num_hidden_layers": arguments.layers or shape["num_hidden_layers"]},
         "folder": arguments.out,
         "dtype": arguments.dtype,
         "seed": arguments.seed,
