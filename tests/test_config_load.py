@@ -182,3 +182,9 @@ def test_devices_are_those_of_a_replica_or_of_all() -> None:
         assert load("unified", [*sizes, "--parallel.devices", devices], {}).parallel.devices
     with pytest.raises(ConfigError, match=r"parallel.devices: 3 named, there are 2 ranks, or 4 for all replicas"):
         load("unified", [*sizes, "--parallel.devices", "cpu,cpu,cpu"], {})
+
+
+def test_adapters_are_not_trained_where_there_are_several_replicas() -> None:
+    assert load("unified", ["--server.admin", "true"], {}).server.admin
+    with pytest.raises(ConfigError, match=r"server.admin: .* parallel.data_size must be 1"):
+        load("unified", ["--server.admin", "true", "--parallel.data-size", "2"], {})

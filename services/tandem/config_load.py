@@ -253,6 +253,8 @@ def _check_parallel(config: Config) -> list[str]:
             f"parallel.expert_size: {parallel.expert_size} does not divide parallel.tensor_size "
             f"{parallel.tensor_size}: experts are spread over tensor ranks"
         )
+    if config.server.admin and parallel.data_size > 1:
+        faults.append("server.admin: adapters are trained and loaded in one replica; parallel.data_size must be 1")
     stages = parallel.pipeline_size
     if config.scheduler.loop == "overlap" and stages > 1:
         faults += [
