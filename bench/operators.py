@@ -58,7 +58,7 @@ class Limits:
 
     def __init__(self, operators: CpuOperators) -> None:
         self._operators = operators
-        self._has_dot_products = operators.name.endswith("bf16")
+        self._has_dot_products = operators.multiplies_pairs
 
     def measure(self) -> tuple[float, float, float]:
         """Bytes, float32 operations and bf16 operations a second."""
@@ -92,7 +92,7 @@ def measure(work: Work, limits: Limits) -> Measured:
 
 
 def linear_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]:
-    dots = operators.name.endswith("bf16")
+    dots = operators.multiplies_pairs
     generator = torch.Generator().manual_seed(0)
 
     def weight(outputs: int, inputs: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ def attention_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]
     for rows, context, chunk in ((1, 512, 1), (8, 512, 1), (32, 512, 1), (1, 8192, 1), (1, 32768, 1), (1, 0, 1024)):
         batch = batch_of(rows, context, chunk)
         pages = int(batch.page_table.max()) + 1
-        pool = torch.zeros(pages, LAYERS, 2, KV_HEADS, PAGE_TOKENS, HEAD_DIM, dtype=torch.bfloat16)
+        pool = torch.full((pages, LAYERS, 2, KV_HEADS, PAGE_TOKENS, HEAD_DIM), 0.01, dtype=torch.bfloat16)
         step = operators.begin(batch, pool, shape)
         queries = torch.randn(batch.num_tokens, HEADS, HEAD_DIM)
 
@@ -147,7 +147,7 @@ def attention_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]
         num_bytes = LAYERS * rows * (context + chunk) * 2 * KV_HEADS * HEAD_DIM * 2
         flops = 4.0 * LAYERS * seen * HEADS * HEAD_DIM
         kind = f"attention, decode, {rows} at {context}" if chunk == 1 else f"attention, prompt of {chunk}"
-        yield Work(kind, num_bytes, flops, False, run, repetitions)
+        yield Work(kind, num_bytes, flops, operators.multiplies_pairs, run, repetitions)
 
 
 def batch_of(rows: int, context: int, chunk: int) -> TokenBatch:
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("auto", *KERNELS), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="0: the CPUs this process may use")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--only", choices=("linears", "attention"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,7 +185,9 @@ def main() -> None:
     print(f"{'':34} {'ms':>9} {'GB/s':>7} {'GFLOP/s':>8}  bound by  limit/time")
     results = []
     with torch.inference_mode():
-        for works in (linear_works, attention_works):
+        for name, works in (("linears", linear_works), ("attention", attention_works)):
+            if given.only not in (None, name):
+                continue
             for work in works(operators, given.repetitions):
                 one = measure(work, limits)
                 results.append(one)

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_kernels.hpp"
-#include "dot_kernels.hpp"
+#include "dot_tile.hpp"
 
 namespace {
 

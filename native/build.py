@@ -36,22 +36,37 @@ _FLAGS = {
     "isa_avx2.cpp": ("-mavx2", "-mfma"),
     "isa_avx512.cpp": _AVX512,
     "isa_avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "isa_amx.cpp": (*_AVX512, "-mavx512bf16"),
     "experts.cpp": (),
     "interface.cpp": (),
     "layers.cpp": (),
     "plan.cpp": (),
     "pool.cpp": (),
+    "processor.cpp": (),
     "programs.cpp": (),
     "runtime.cpp": (),
 }
+# AMX's linears with its instructions in plain code: tests prove the kernels where no CPU has them.
+_EMULATED = "-DTANDEM_EMULATED_TILES"
+_EMULATED_FLAGS = {**_FLAGS, "processor.cpp": (_EMULATED,), "isa_amx_emulated.cpp": ("-mavx2", "-mfma", _EMULATED)}
 
 
 class BuildFailed(Exception):
     """The library could not be built; the message says why."""
 
 
-def build(library: Path, objects: Path, *, warnings_are_errors: bool = False, sanitizers: Sequence[str] = ()) -> None:
-    """Compile and link `library`, with objects in a folder of their own; raises BuildFailed."""
+def build(
+    library: Path,
+    objects: Path,
+    *,
+    warnings_are_errors: bool = False,
+    sanitizers: Sequence[str] = (),
+    emulated_tiles: bool = False,
+) -> None:
+    """Compile and link `library`, with objects in a folder of their own; raises BuildFailed.
+
+    `emulated_tiles` adds the kernels `amx-emulated`, for tests.
+    """
     if platform.machine() not in _X86:
         raise BuildFailed(f"there are no kernels for {platform.machine()} processors")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
@@ -61,16 +76,17 @@ def build(library: Path, objects: Path, *, warnings_are_errors: bool = False, sa
     command += ["-O1", "-g", "-fno-omit-frame-pointer"] if sanitizers else ["-O3"]
     command += [f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all"] if sanitizers else []
     command += ["-Werror"] if warnings_are_errors else []
+    flags = _EMULATED_FLAGS if emulated_tiles else _FLAGS
     objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
 
     def compile_one(name: str) -> str:
         target = str(objects / f"{name}.o")
-        _run([*command, *_FLAGS[name], "-c", str(SOURCES / name), "-o", target])
+        _run([*command, *flags[name], "-c", str(SOURCES / name), "-o", target])
         return target
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        compiled = list(threads.map(compile_one, _FLAGS))
+        compiled = list(threads.map(compile_one, flags))
     # Written beside the old one and renamed: a process that has the old one mapped keeps it.
     unfinished = library.with_name(library.name + ".new")
     _run([*command, "-shared", "-o", str(unfinished), *compiled])

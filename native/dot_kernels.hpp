@@ -1,6 +1,7 @@
 // Linears by bf16 dot products (AVX-512 BF16): pairs of inputs and weights, accumulated in float32.
 #pragma once
 
+#include "dot_tile.hpp"
 #include "linear_kernels.hpp"
 #include "probes.hpp"
 
@@ -24,95 +25,6 @@ void strip_of_pairs(const StripTask& task, std::int64_t strip) {
                 std::memcpy(to + ((k / 2 + j) * count + i) * 4, &words[j], 4);
             }
         }
-    }
-}
-
-TANDEM_INLINE __m512 dot(__m512 sums, __m512i rows, __m512i columns) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)rows, (__m512bh)columns);
-}
-
-// Rows as [pair][M] words: the packed strips of a linear.
-template <int M>
-struct PackedWords {
-    const char* from;
-    TANDEM_INLINE __m512i at(std::int64_t pair, int row) const {
-        std::int32_t word;
-        std::memcpy(&word, from + (pair * M + row) * 4, 4);
-        return _mm512_set1_epi32(word);
-    }
-};
-
-// Rows of words as they lie, `stride` words apart.
-struct StridedWords {
-    const float* from;
-    std::int64_t stride;
-    TANDEM_INLINE __m512i at(std::int64_t pair, int row) const {
-        std::int32_t word;
-        std::memcpy(&word, from + row * stride + pair, 4);
-        return _mm512_set1_epi32(word);
-    }
-};
-
-// Columns as words, 16 a panel.
-struct WordColumns {
-    const void* from;
-    std::int64_t pair_stride, panel_stride;  // words
-    template <int P>
-    TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
-        const char* start = static_cast<const char*>(from) + pair * pair_stride * 4;
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) words[p] = _mm512_loadu_si512(start + p * panel_stride * 4);
-    }
-};
-
-template <int M, int P, class Rows, class Columns>
-void dot_tile(std::int64_t pairs, Rows rows, Columns columns, Sums result) {
-    Lanes sums[M][P];
-    begin_sums(sums, result);
-    for (std::int64_t k = 0; k < pairs; ++k) {
-        __m512i words[P];
-        columns.take(k, words);
-#pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) {
-            const __m512i x = rows.at(k, i);
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) sums[i][p] = {dot(sums[i][p].v, x, words[p])};
-        }
-    }
-    end_sums(sums, result);
-}
-
-template <int P, int M = kStripRows>
-TANDEM_INLINE void dot_packed(std::int64_t num_rows, std::int64_t pairs, const char* rows, WordColumns columns,
-                              Sums result) {
-    if (num_rows == M) {
-        dot_tile<M, P>(pairs, PackedWords<M>{rows}, columns, result);
-    } else if constexpr (M > 1) {
-        dot_packed<P, M - 1>(num_rows, pairs, rows, columns, result);
-    }
-}
-
-template <int P, int M = kStripRows, class Columns>
-TANDEM_INLINE void dot_strip(std::int64_t num_rows, std::int64_t pairs, StridedWords rows, Columns columns,
-                             Sums result) {
-    if (num_rows == M) {
-        dot_tile<M, P>(pairs, rows, columns, result);
-    } else if constexpr (M > 1) {
-        dot_strip<P, M - 1>(num_rows, pairs, rows, columns, result);
-    }
-}
-
-// Any number of rows, as they lie, by P panels.
-template <int P, class Columns>
-TANDEM_INLINE void dot_rows(std::int64_t num_rows, std::int64_t pairs, StridedWords rows, Columns columns,
-                            Sums result) {
-    const std::int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
-    for (std::int64_t strip = 0; strip < strips; ++strip) {
-        const std::int64_t first = strip_start(num_rows, strips, strip);
-        const std::int64_t count = strip_start(num_rows, strips, strip + 1) - first;
-        Sums part = result;
-        part.to += first * result.row_stride;
-        dot_strip<P>(count, pairs, StridedWords{rows.from + first * rows.stride, rows.stride}, columns, part);
     }
 }
 

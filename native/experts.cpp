@@ -73,17 +73,17 @@ public:
         for (const Stage& stage : stages_) {
             const PackedShape& shape = stage.linear.shape;
             runtime.strips.reserve(strip_bytes(runtime, shape, pairs_max_));
-            runtime.need_scratch(runtime.kernels.strip_rows * shape.depth);
+            runtime.need_scratch(strip_rows(runtime, shape) * shape.depth);
         }
         need_linear_scratch(runtime, rows);
         runtime.need_scratch(std::max(experts.down.shape.outputs, 2 * experts.router.shape.outputs));
     }
 
     Matrix logits() const { return {work_.logits, experts_.router.shape.outputs}; }
-    std::int64_t strips_max() const { return pairs_max_ / runtime_.kernels.strip_rows + used_max_; }
+    std::int64_t strips_max() const { return pairs_max_ / strip_rows(runtime_, experts_.gate_up.shape) + used_max_; }
     std::int64_t tasks_max(int stage) const {
         return ceil_div(stages_[stage].linear.shape.panels, panels_each(stage)) *
-               linear_blocks_max(runtime_, pairs_max_, used_max_);
+               linear_blocks_max(runtime_, stages_[stage].linear.shape, pairs_max_, used_max_);
     }
 
     void route(std::int64_t row, int thread);
@@ -175,7 +175,7 @@ void ExpertsRun::group() {
     work_.strips[0] = work_.tasks[0][0] = work_.tasks[1][0] = 0;
     for (std::int64_t e = 0; e < count; ++e) {
         const std::int64_t rows = starts[e + 1] - starts[e];
-        work_.strips[e + 1] = work_.strips[e] + ceil_div(rows, runtime_.kernels.strip_rows);
+        work_.strips[e + 1] = work_.strips[e] + ceil_div(rows, strip_rows(runtime_, experts_.gate_up.shape));
         for (int stage = 0; stage < 2; ++stage) {
             work_.tasks[stage][e + 1] = work_.tasks[stage][e] + (rows == 0 ? 0 : linear_tasks(task_of(stage, e)));
         }

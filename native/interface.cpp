@@ -1,30 +1,13 @@
 // The plain C interface: pointers, sizes, strides. Callers vouch for shapes; nothing here throws.
 #include <chrono>
-#include <cstring>
 #include <new>
 
 #include "layers.hpp"
+#include "processor.hpp"
 
 namespace {
 
 using namespace tandem;
-
-const Kernels* find_kernels(const char* name) {
-    for (const Kernels* kernels : {&kKernelsAvx2, &kKernelsAvx512, &kKernelsAvx512Bf16}) {
-        if (std::strcmp(kernels->name, name) == 0) return kernels;
-    }
-    return nullptr;
-}
-
-bool cpu_runs(const char* name) {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
-    if (std::strcmp(name, "avx2") == 0) return true;
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (std::strcmp(name, "avx512") == 0) return avx512;
-    return std::strcmp(name, "avx512bf16") == 0 && avx512 && __builtin_cpu_supports("avx512bf16");
-}
 
 double seconds_since(std::chrono::steady_clock::time_point began) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
@@ -51,7 +34,7 @@ TANDEM_EXPORT std::int32_t tandem_interface_version() { return 3; }
 
 // Whether this CPU runs the kernels of that name.
 TANDEM_EXPORT std::int32_t tandem_supports(const char* kernels) {
-    return find_kernels(kernels) != nullptr && cpu_runs(kernels) ? 1 : 0;
+    return cpu_runs(kernels) ? 1 : 0;
 }
 
 // Null if the kernels are unknown or do not run here, or threads cannot be started.

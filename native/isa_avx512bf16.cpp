@@ -1,6 +1,7 @@
 // The kernels for AVX-512 with bf16 dot products: linears over bf16 weights take inputs rounded to bf16, everything
 // else is that of AVX-512.
 #include "attention_pairs.hpp"
+#include "dot_kernels.hpp"
 
 namespace {
 
@@ -25,7 +26,7 @@ void linear(const tandem::LinearTask& task, std::int64_t number, float* scratch)
 }  // namespace
 
 const tandem::Kernels tandem::kKernelsAvx512Bf16 = {
-    "avx512bf16", kStripRows,    true,            96,         pack_panel,          unpack_panel, strip_of_inputs,
+    "avx512bf16", kStripRows, kStripRows, true,            96,         pack_panel,          unpack_panel, strip_of_inputs,
     linear,       rms_norm_rows, embed_rows, rope_and_store_rows, attend_tile_by_type,  merge_tile_by_type,
     read_memory,  multiply,     gate_rows,
 };

@@ -9,6 +9,7 @@
 namespace tandem {
 
 constexpr std::int64_t kPanelColumns = 16;  // outputs of a linear that are computed side by side
+constexpr std::int64_t kPairDepth = 32;     // packed bf16 weights have zeros up to a multiple of that many inputs
 constexpr std::int64_t kDepthBlock = 256;   // inputs of a linear that are added up before the sum joins the others'
 constexpr std::int64_t kKeyBlock = 256;     // keys of one softmax, aligned to absolute positions
 constexpr std::int64_t kTaskPanelsMax = 4;
@@ -19,11 +20,11 @@ constexpr std::int64_t kValueChunk = 64;  // keys whose values, made ready for m
 enum class Element : std::int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
 // Columns of one or several weights, packed: panels of 16 columns; bf16 as [depth / 2][column][2], float32 as
-// [depth][column]. Gated: even panels hold gate columns, odd ones the up columns of the same numbers.
+// [depth][column], zeros up to the padded depth. Gated: even panels hold gate columns, odd ones the up columns of the same numbers.
 struct PackedShape {
     std::int64_t outputs;  // columns that the caller sees: with gated, half of those computed
     std::int64_t depth;
-    std::int64_t padded_depth;  // even
+    std::int64_t padded_depth;  // even, with bf16 a multiple of kPairDepth
     std::int64_t panels;
     Element element;
     bool gated;
@@ -38,7 +39,7 @@ struct PackTask {
 };
 
 // Inputs of a linear in strips of nearly equal numbers of rows: [strip][depth][row], or with bf16 pairs
-// [strip][depth / 2][row][2]. Strip s has the rows [rows * s / strips, rows * (s + 1) / strips).
+// [strip][depth / 2][row][2], for tiles [strip][depth / 32][row][32]. Strip s has the rows [rows * s / strips, rows * (s + 1) / strips).
 struct StripTask {
     const float* inputs;
     std::int64_t input_stride;
@@ -160,7 +161,8 @@ struct MergeTask {
 
 struct Kernels {
     const char* name;
-    std::int64_t strip_rows;        // most rows of a strip
+    std::int64_t strip_rows;        // most rows of a strip of floats
+    std::int64_t pair_strip_rows;   // most rows of a strip of bf16 pairs
     bool pairs;                     // linears over bf16 weights take bf16 pairs as inputs
     std::int64_t rows_of_tile_max;  // query rows of an attention tile
     void (*pack)(const PackTask&, std::int64_t panel);
@@ -180,6 +182,8 @@ struct Kernels {
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 extern const Kernels kKernelsAvx512Bf16;
+extern const Kernels kKernelsAmx;
+extern const Kernels kKernelsAmxEmulated;  // of tests only
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t padded_to_lanes(std::int64_t count) { return ceil_div(count, kLaneAlign) * kLaneAlign; }

@@ -45,7 +45,7 @@ void pack_panel_of_pairs(const PackTask& task, std::int64_t panel) {
     const char* rows[kPanelColumns];
     for (std::int64_t lane = 0; lane < kPanelColumns; ++lane) {
         rows[lane] = weight_row(task, panel, lane, 2);
-        if (rows[lane] == nullptr || shape.depth % 2 != 0) return pack_panel_as<std::uint16_t>(task, panel, 2);
+        if (rows[lane] == nullptr || shape.depth != shape.padded_depth) return pack_panel_as<std::uint16_t>(task, panel, 2);
     }
     char* to = static_cast<char*>(task.packed) + panel * shape.padded_depth * kPanelColumns * 2;
     for (std::int64_t k = 0; k < shape.depth * 2; k += 4) {

@@ -9,11 +9,13 @@ constexpr std::int64_t kBlockRows = 240;     // rows whose packed inputs are use
 constexpr std::int64_t kTasksPerThread = 16; // so many that a thread which is late costs little
 constexpr std::int64_t kTaskElements = 1 << 14;
 
-std::int64_t block_strips(const Runtime& runtime) {
-    return std::max<std::int64_t>(1, kBlockRows / runtime.kernels.strip_rows);
+std::int64_t block_strips(const Runtime& runtime, const PackedShape& shape) {
+    return std::max<std::int64_t>(1, kBlockRows / strip_rows(runtime, shape));
 }
 
-std::int64_t blocks_of(const Runtime& runtime, std::int64_t strips) { return ceil_div(strips, block_strips(runtime)); }
+std::int64_t blocks_of(const Runtime& runtime, const PackedShape& shape, std::int64_t strips) {
+    return ceil_div(strips, block_strips(runtime, shape));
+}
 
 }  // namespace
 
@@ -24,7 +26,8 @@ std::int64_t rows_per_task(std::int64_t rows, std::int64_t row_elements, int thr
 
 PackedShape packed_shape(std::int64_t outputs, std::int64_t depth, Element element, bool gated) {
     const std::int64_t panels = ceil_div(outputs, kPanelColumns) * (gated ? 2 : 1);
-    return {outputs, depth, ceil_div(depth, 2) * 2, panels, element, gated};
+    const std::int64_t unit = element == Element::kBfloat16 ? kPairDepth : 2;
+    return {outputs, depth, ceil_div(depth, unit) * unit, panels, element, gated};
 }
 
 std::int64_t packed_bytes(const PackedShape& shape) {
@@ -33,6 +36,10 @@ std::int64_t packed_bytes(const PackedShape& shape) {
 
 bool takes_pairs(const Runtime& runtime, const PackedShape& shape) {
     return runtime.kernels.pairs && shape.element == Element::kBfloat16;
+}
+
+std::int64_t strip_rows(const Runtime& runtime, const PackedShape& shape) {
+    return takes_pairs(runtime, shape) ? runtime.kernels.pair_strip_rows : runtime.kernels.strip_rows;
 }
 
 std::int64_t strip_bytes(const Runtime& runtime, const PackedShape& shape, std::int64_t rows) {
@@ -44,7 +51,7 @@ char* strips_at(const Runtime& runtime, const PackedShape& shape, std::int64_t f
 }
 
 StripTask strip_task(const Runtime& runtime, const PackedShape& shape, std::int64_t rows, Matrix inputs) {
-    return {inputs.data, inputs.stride,      rows,  ceil_div(rows, runtime.kernels.strip_rows),
+    return {inputs.data, inputs.stride,      rows,  ceil_div(rows, strip_rows(runtime, shape)),
             shape.depth, shape.padded_depth, takes_pairs(runtime, shape), nullptr};
 }
 
@@ -54,8 +61,8 @@ LinearTask linear_task(const Runtime& runtime, const PackedLinear& linear, std::
     task.shape = linear.shape;
     task.weights = linear.packed;
     task.rows = rows;
-    task.strips = ceil_div(rows, runtime.kernels.strip_rows);
-    task.strips_per_block = ceil_div(task.strips, blocks_of(runtime, task.strips));
+    task.strips = ceil_div(rows, strip_rows(runtime, linear.shape));
+    task.strips_per_block = ceil_div(task.strips, blocks_of(runtime, linear.shape, task.strips));
     task.bias = linear.bias;
     task.outputs = outputs.data;
     task.output_stride = outputs.stride;
@@ -68,8 +75,9 @@ std::int64_t linear_tasks(const LinearTask& task) {
     return ceil_div(task.shape.panels, task.panels_per_task) * ceil_div(task.strips, task.strips_per_block);
 }
 
-std::int64_t linear_blocks_max(const Runtime& runtime, std::int64_t rows, std::int64_t linears) {
-    return rows / (runtime.kernels.strip_rows * block_strips(runtime)) + linears;
+std::int64_t linear_blocks_max(const Runtime& runtime, const PackedShape& shape, std::int64_t rows,
+                               std::int64_t linears) {
+    return rows / (strip_rows(runtime, shape) * block_strips(runtime, shape)) + linears;
 }
 
 std::int64_t panels_per_task(const Runtime& runtime, const PackedShape& shape, std::int64_t blocks) {
@@ -78,8 +86,7 @@ std::int64_t panels_per_task(const Runtime& runtime, const PackedShape& shape, s
 }
 
 void need_linear_scratch(Runtime& runtime, std::int64_t rows) {
-    const std::int64_t block_rows = std::min(rows, block_strips(runtime) * runtime.kernels.strip_rows);
-    runtime.need_scratch(kTaskPanelsMax * block_rows * kPanelColumns + 2 * kDepthBlock * kPanelColumns);
+    runtime.need_scratch(kTaskPanelsMax * std::min(rows, kBlockRows) * kPanelColumns + 2 * kDepthBlock * kPanelColumns);
 }
 
 void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, std::int64_t rows, Matrix inputs,
@@ -97,7 +104,7 @@ void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, 
                            }});
     }
     LinearTask task = linear_task(runtime, linear, rows, outputs, add_to_outputs);
-    task.panels_per_task = panels_per_task(runtime, shape, blocks_of(runtime, task.strips));
+    task.panels_per_task = panels_per_task(runtime, shape, blocks_of(runtime, shape, task.strips));
     need_linear_scratch(runtime, rows);
     program.push_back({linear_tasks(task), [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
                            LinearTask own = task;

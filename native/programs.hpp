@@ -22,8 +22,9 @@ PackedShape packed_shape(std::int64_t outputs, std::int64_t depth, Element eleme
 std::int64_t packed_bytes(const PackedShape& shape);
 
 // Rows of a linear whose inputs are not one matrix bring their own strips: what `add_linear` is made of.
-// Bytes of so many rows' strips, where those of a row begin in the runtime's, and the task that makes them (it has no
+// Most rows of a strip, bytes of so many rows' strips, where those of a row begin in the runtime's, and the task that makes them (it has no
 // place yet for what it packs).
+std::int64_t strip_rows(const Runtime& runtime, const PackedShape& shape);
 std::int64_t strip_bytes(const Runtime& runtime, const PackedShape& shape, std::int64_t rows);
 char* strips_at(const Runtime& runtime, const PackedShape& shape, std::int64_t first_row);
 StripTask strip_task(const Runtime& runtime, const PackedShape& shape, std::int64_t rows, Matrix inputs);
@@ -32,7 +33,8 @@ LinearTask linear_task(const Runtime& runtime, const PackedLinear& linear, std::
                        bool add_to_outputs);
 std::int64_t linear_tasks(const LinearTask& task);
 // Blocks of rows that several linears of so many rows together have at most.
-std::int64_t linear_blocks_max(const Runtime& runtime, std::int64_t rows, std::int64_t linears);
+std::int64_t linear_blocks_max(const Runtime& runtime, const PackedShape& shape, std::int64_t rows,
+                               std::int64_t linears);
 std::int64_t panels_per_task(const Runtime& runtime, const PackedShape& shape, std::int64_t blocks);
 void need_linear_scratch(Runtime& runtime, std::int64_t rows);
 

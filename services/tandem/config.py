@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["prefill", "decode", "unified"]
-OperatorChoice = Literal["auto", "reference", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
+OperatorChoice = Literal["auto", "reference", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "cpu-amx"]
 LoopName = Literal["auto", "normal", "overlap"]
 TransportChoice = Literal["auto", "mooncake-rdma", "mooncake-tcp", "tcp"]
 

@@ -19,12 +19,15 @@ import torch
 
 from tandem.engine.native.library import load_library
 from tandem.engine.ops.contract import AttentionShape, TokenBatch
-from tandem.engine.ops.cpu import KERNELS, CpuOperators, supported_kernels
+from tandem.engine.ops.cpu import KERNELS, CpuOperators
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = 2.0**-24  # relative error of one float32 rounding
 BF16_UNIT = 2.0**-8
-PAIRED_KERNELS = ("avx512bf16",)  # those that multiply pairs of bf16
+EMULATED = "amx-emulated"  # AMX's linears with tile instructions in plain code
+TESTED_KERNELS = (*KERNELS, EMULATED)
+ROUNDING_KERNELS = ("amx", "avx512bf16", EMULATED)  # linears over bf16 weights round their inputs to bf16
+PAIRED_KERNELS = ("amx", "avx512bf16")  # attention over a bf16 pool multiplies pairs of bf16
 LIBRARY_VARIABLE = "OPERATORS_LIBRARY_UNDER_TEST"
 
 
@@ -53,7 +56,9 @@ def built_library(name: str, *, sanitizers: Sequence[str] = ()) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
             try:
-                module.build(library, folder / "objects", warnings_are_errors=True, sanitizers=sanitizers)  # type: ignore[attr-defined]
+                module.build(
+                    library, folder / "objects", warnings_are_errors=True, sanitizers=sanitizers, emulated_tiles=True
+                )  # type: ignore[attr-defined]
             except module.BuildFailed as failure:  # type: ignore[attr-defined]
                 if "no C++ compiler" in str(failure):
                     pytest.skip(str(failure))
@@ -69,12 +74,12 @@ def library() -> ctypes.CDLL:
 
 def operators(kernels: str, num_threads: int = 1) -> CpuOperators:
     """Operators with these kernels; skips if this CPU does not run them."""
-    if kernels not in supported_kernels(library()):
+    if not library().tandem_supports(kernels.encode()):
         pytest.skip(f"this CPU does not run {kernels}")
     return CpuOperators(kernels, num_threads, library())
 
 
-every_kernel = pytest.mark.parametrize("kernels", KERNELS)
+every_kernel = pytest.mark.parametrize("kernels", TESTED_KERNELS)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.ops.reference import ReferenceOperators
-from tests.engine.ops_cpu_cases import BF16_UNIT, PAIRED_KERNELS, UNIT, every_kernel, generator, operators
+from tests.engine.ops_cpu_cases import BF16_UNIT, ROUNDING_KERNELS, UNIT, every_kernel, generator, operators
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
@@ -47,8 +47,10 @@ def test_linear(
     expected = REFERENCE.linear(weights, biases)(inputs)
     sizes = inputs.abs() @ torch.cat(weights).float().abs().t()
     if biased:
-        sizes += torch.cat([torch.zeros(n) if b is None else b.float() for n, b in zip(outputs, biases, strict=True)])
-    bound = rounding_bound(depth, inputs_rounded=kernels in PAIRED_KERNELS and dtype == torch.bfloat16) * (sizes + 1)
+        sizes += torch.cat(
+            [torch.zeros(n) if b is None else b.float().abs() for n, b in zip(outputs, biases, strict=True)]
+        )
+    bound = rounding_bound(depth, inputs_rounded=kernels in ROUNDING_KERNELS and dtype == torch.bfloat16) * (sizes + 1)
     result = linear(inputs)
     assert ((result - expected).abs() <= bound).all()
     for plain, given_weight in zip(linear.plain_weights(), weights, strict=True):

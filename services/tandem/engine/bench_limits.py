@@ -132,7 +132,7 @@ class Probes:
 
 
 def _has_dots(operators: CpuOperators) -> bool:
-    return operators.name.endswith("bf16")
+    return operators.multiplies_pairs
 
 
 def _torch_read_rate() -> float:

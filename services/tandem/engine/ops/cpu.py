@@ -27,14 +27,15 @@ from tandem.engine.ops.cpu_attention import CpuAttention
 from tandem.engine.ops.cpu_experts import CpuExperts
 from tandem.engine.ops.cpu_layers import CpuLayers
 
-KERNELS = ("avx512bf16", "avx512", "avx2")  # best first
+KERNELS = ("amx", "avx512bf16", "avx512", "avx2")  # best first
 SPIN_NANOSECONDS = 200_000  # a thread without work waits so long before it sleeps
 
 _PANEL_COLUMNS = 16  # kPanelColumns of native/kernels.hpp
 _ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 # Kernels of one arithmetic give the same bits: how wide a register is changes nothing. The number is the arithmetic's
 # version, raised with every change of an operation's order or rounding.
-_ARITHMETIC = {"avx2": "fma-1", "avx512": "fma-1", "avx512bf16": "bf16dot-2"}
+_ARITHMETIC = {"avx2": "fma-1", "avx512": "fma-1", "avx512bf16": "bf16dot-2", "amx": "amx-1"}
+_MULTIPLY_PAIRS = ("amx", "avx512bf16")
 
 
 def supported_kernels(library: ctypes.CDLL) -> tuple[str, ...]:
@@ -84,7 +85,12 @@ class CpuOperators:
 
     @property
     def numerics(self) -> str:
-        return f"cpu-{_ARITHMETIC[self._runtime.kernels]}"
+        return f"cpu-{_ARITHMETIC.get(self._runtime.kernels, self._runtime.kernels)}"
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether linears over bf16 weights multiply pairs of bf16: `multiply_rate` then knows `dot_products`."""
+        return self._runtime.kernels in _MULTIPLY_PAIRS
 
     @property
     def workspace_bytes(self) -> int:

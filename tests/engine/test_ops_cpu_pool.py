@@ -1,0 +1,34 @@
+"""The library's threads: they sleep when there is nothing to do, wake up again, and are as many as the CPUs given."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from tests.engine.ops_cpu_cases import generator, operators
+
+THREADS = 4
+
+
+def test_an_idle_pool_uses_no_cpu() -> None:
+    cpu = operators("avx2", THREADS)
+    linear = cpu.linear((torch.randn(512, 256, generator=generator(1)),), (None,))
+    inputs = torch.randn(64, 256, generator=generator(2))
+    expected = linear(inputs)
+    for _ in range(3):
+        time.sleep(0.05)  # far longer than a thread spins
+        before = time.process_time()
+        time.sleep(0.4)
+        used = time.process_time() - before
+        assert used < 0.1, "threads that spin would use as much as they get, several tenths of a second"
+        assert torch.equal(linear(inputs), expected)  # and they wake up
+
+
+def test_threads_start_and_end_with_the_operators() -> None:
+    before = len(os.listdir("/proc/self/task"))
+    cpu = operators("avx2", THREADS)
+    assert len(os.listdir("/proc/self/task")) == before + THREADS - 1
+    del cpu
+    assert len(os.listdir("/proc/self/task")) == before
