@@ -75,7 +75,7 @@ def test_under_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # the interpreter leaks at exit
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
-    tests = [f"tests/engine/test_ops_cpu{part}.py" for part in ("", "_attention", "_bits", "_tiles")]
+    tests = [f"tests/engine/test_ops_cpu{part}.py" for part in ("", "_attention", "_bits", "_experts", "_tiles")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
         cwd=ROOT,
