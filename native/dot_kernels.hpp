@@ -28,35 +28,71 @@ void strip_of_pairs(const StripTask& task, std::int64_t strip) {
     }
 }
 
+// With fewer rows the processor's own reading ahead keeps up, and asking costs more than it gives.
+constexpr std::int64_t kAheadRows = 5;
+
+// P panels over one block of the depth. `ahead`: bytes from these weights to those that are needed next.
 template <int P>
-TANDEM_INLINE std::int64_t dot_panels(const LinearTask& task, const LinearPart& part, std::int64_t panel,
-                                      std::int64_t depth_start, float* sums) {
+TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std::int64_t panel,
+                             std::int64_t depth_start, std::int64_t ahead, float* sums) {
     const std::int64_t padded = task.shape.padded_depth, panel_elements = padded * kPanelColumns;
     const std::int64_t depth = least_of(kDepthBlock, padded - depth_start);
     const std::int64_t panel_stride = part.num_rows * kPanelColumns;
-    const Start how = depth_start == 0 ? Start::kStore : Start::kAdd;
-    for (; panel + P <= part.last_panel; panel += P) {
-        const std::uint16_t* columns =
-            static_cast<const std::uint16_t*>(task.weights) + panel * panel_elements + depth_start * kPanelColumns;
-        for (std::int64_t strip = part.first_strip; strip < part.last_strip; ++strip) {
-            const std::int64_t start = strip_start(task.rows, task.strips, strip);
-            const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - start;
-            const char* rows =
-                static_cast<const char*>(task.strips_packed) + (start * padded + depth_start * count) * 2;
-            float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
-            dot_packed<P>(count, depth / 2, rows, WordColumns{columns, kPanelColumns, panel_elements / 2},
-                          {to, kPanelColumns, panel_stride, how});
+    const std::uint16_t* from =
+        static_cast<const std::uint16_t*>(task.weights) + panel * panel_elements + depth_start * kPanelColumns;
+    const WordColumns columns{from, kPanelColumns, panel_elements / 2};
+    for (std::int64_t strip = part.first_strip; strip < part.last_strip; ++strip) {
+        const std::int64_t start = strip_start(task.rows, task.strips, strip);
+        const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - start;
+        const char* rows = static_cast<const char*>(task.strips_packed) + (start * padded + depth_start * count) * 2;
+        float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
+        const Sums result{to, kPanelColumns, panel_stride, depth_start == 0 ? Start::kStore : Start::kAdd};
+        if (strip == part.first_strip && count >= kAheadRows) {
+            dot_packed<P>(count, depth / 2, rows, AheadColumns{columns, ahead}, result);
+        } else {
+            dot_packed<P>(count, depth / 2, rows, columns, result);
         }
+    }
+}
+
+// One strip: each panel from its beginning to its end, as it lies in memory.
+template <int P>
+TANDEM_INLINE std::int64_t dot_panels_of_strip(const LinearTask& task, const LinearPart& part, std::int64_t panel,
+                                               float* sums) {
+    for (; panel + P <= part.last_panel; panel += P) {
+        for (std::int64_t depth = 0; depth < task.shape.padded_depth; depth += kDepthBlock) {
+            dot_block<P>(task, part, panel, depth, kDepthBlock * kPanelColumns * 2, sums);
+        }
+    }
+    return panel;
+}
+
+// Several strips: a block of the depth for all panels and strips, so that the strips' part stays in the cache.
+template <int P>
+TANDEM_INLINE std::int64_t dot_panels(const LinearTask& task, const LinearPart& part, std::int64_t panel,
+                                      std::int64_t depth_start, float* sums) {
+    const std::int64_t panel_bytes = task.shape.padded_depth * kPanelColumns * 2;
+    for (; panel + P <= part.last_panel; panel += P) {
+        std::int64_t ahead = P * panel_bytes;
+        if (panel + P == part.last_panel && depth_start + kDepthBlock < task.shape.padded_depth) {
+            ahead = (part.first_panel - panel) * panel_bytes + kDepthBlock * kPanelColumns * 2;
+        }
+        dot_block<P>(task, part, panel, depth_start, ahead, sums);
     }
     return panel;
 }
 
 void linear_of_pairs(const LinearTask& task, std::int64_t number, float* scratch) {
     const LinearPart part = part_of(task, number);
-    for (std::int64_t depth_start = 0; depth_start < task.shape.padded_depth; depth_start += kDepthBlock) {
+    if (part.last_strip - part.first_strip == 1) {
         std::int64_t panel = part.first_panel;
-        if (part.num_rows == 1) panel = dot_panels<4>(task, part, panel, depth_start, scratch);
-        panel = dot_panels<2>(task, part, panel, depth_start, scratch);
+        if (part.num_rows == 1) panel = dot_panels_of_strip<4>(task, part, panel, scratch);
+        panel = dot_panels_of_strip<2>(task, part, panel, scratch);
+        dot_panels_of_strip<1>(task, part, panel, scratch);
+        return finish(task, part, scratch);
+    }
+    for (std::int64_t depth_start = 0; depth_start < task.shape.padded_depth; depth_start += kDepthBlock) {
+        const std::int64_t panel = dot_panels<2>(task, part, part.first_panel, depth_start, scratch);
         dot_panels<1>(task, part, panel, depth_start, scratch);
     }
     finish(task, part, scratch);

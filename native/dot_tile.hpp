@@ -45,6 +45,19 @@ struct WordColumns {
     }
 };
 
+// The same, and what lies `ahead` bytes behind them is asked for: weights come from memory.
+struct AheadColumns {
+    WordColumns columns;
+    std::int64_t ahead;
+    template <int P>
+    TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
+        const char* next = static_cast<const char*>(columns.from) + pair * columns.pair_stride * 4 + ahead;
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) _mm_prefetch(next + p * columns.panel_stride * 4, _MM_HINT_T1);
+        columns.take(pair, words);
+    }
+};
+
 template <int M, int P, class Rows, class Columns>
 void dot_tile(std::int64_t pairs, Rows rows, Columns columns, Sums result) {
     Lanes sums[M][P];
@@ -62,8 +75,8 @@ void dot_tile(std::int64_t pairs, Rows rows, Columns columns, Sums result) {
     end_sums(sums, result);
 }
 
-template <int P, int M = kStripRows>
-TANDEM_INLINE void dot_packed(std::int64_t num_rows, std::int64_t pairs, const char* rows, WordColumns columns,
+template <int P, int M = kStripRows, class Columns>
+TANDEM_INLINE void dot_packed(std::int64_t num_rows, std::int64_t pairs, const char* rows, Columns columns,
                               Sums result) {
     if (num_rows == M) {
         dot_tile<M, P>(pairs, PackedWords<M>{rows}, columns, result);
