@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -13,6 +14,10 @@ class PoolMemory:
         self.fd = fd
         self.size_bytes = size_bytes
         self._map = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # Attention jumps from page to page of the pool: without huge pages nearly every jump misses the TLB. They are
+        # advice, and only where /sys/kernel/mm/transparent_hugepage/shmem_enabled is advise.
+        with contextlib.suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
 
     @classmethod
     def create(cls, size_bytes: int) -> PoolMemory:
