@@ -56,9 +56,9 @@ def built_library(name: str, *, sanitizers: Sequence[str] = ()) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
             try:
-                module.build(
+                module.build(  # type: ignore[attr-defined]
                     library, folder / "objects", warnings_are_errors=True, sanitizers=sanitizers, emulated_tiles=True
-                )  # type: ignore[attr-defined]
+                )
             except module.BuildFailed as failure:  # type: ignore[attr-defined]
                 if "no C++ compiler" in str(failure):
                     pytest.skip(str(failure))
