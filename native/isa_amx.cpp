@@ -7,5 +7,5 @@ const tandem::Kernels tandem::kKernelsAmx = {
     "amx",           kStripRows,    kTileStripRows, true,                96,
     pack_panel,      unpack_panel,  strip_of_inputs_for_tiles,
     linear_by_tiles, rms_norm_rows, embed_rows,     rope_and_store_rows, attend_tile_by_type, merge_tile_by_type,
-    read_memory,     multiply_by_tiles,
+    read_memory,     multiply_by_tiles, gate_rows,
 };

@@ -8,5 +8,5 @@ const tandem::Kernels tandem::kKernelsAmxEmulated = {
     pack_panel,      unpack_panel,  strip_of_inputs_for_tiles,
     linear_by_tiles, rms_norm_rows, embed_rows,     rope_and_store_rows, attend_tile<FloatArithmetic>,
     merge_tile<FloatArithmetic>,
-    read_memory,     multiply_by_tiles,
+    read_memory,     multiply_by_tiles, gate_rows,
 };
