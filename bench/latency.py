@@ -56,6 +56,8 @@ def main() -> int:
         channels = [stack.enter_context(grpc.insecure_channel(one["address"])) for one in (gateway, decode)]
         stub = InferenceServiceStub(channels[0])
         health: Any = health_pb2_grpc.HealthStub(channels[1])
+        while stub.ListModels(pb.ListModelsRequest()).models[0].ready_prefill_workers == 0:
+            time.sleep(0.1)
         handoff(stub, 0)
         calls: dict[str, tuple[Callable[[int], float], int]] = {
             "gateway call": (timed(lambda: stub.ListModels(pb.ListModelsRequest())), given.pings),
