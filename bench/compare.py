@@ -59,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ops", default="auto", help="Tandem's operators")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no further round begins after so long")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--prefill-batches", default="1,4")
     parser.add_argument("--context", type=int, default=512)
@@ -139,7 +140,11 @@ def _compare(
         absent=absent,
     )
     generator = random.Random(0)
+    began = time.monotonic()
     for trial in range(-1, given.rounds):
+        if trial > 0 and time.monotonic() - began > given.seconds:
+            _say(f"{given.seconds:g} s are over")
+            break
         _say(f"round {trial + 1} of {given.rounds}" if trial >= 0 else "warming up")
         for kind, batch in prefills + decodes * (1 if trial < 0 else _DECODE_TURNS):
             if trial >= 0:

@@ -31,7 +31,7 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 PING_SECONDS = 0.01  # between two
-PROMPT_TOKENS = 64
+PROMPT_TOKENS = 16  # a page, so that all of it is computed in one plan
 POOL_BYTES = 512 << 20
 
 
@@ -62,7 +62,7 @@ def main() -> int:
         calls: dict[str, tuple[Callable[[int], float], int]] = {
             "gateway call": (timed(lambda: stub.ListModels(pb.ListModelsRequest())), given.pings),
             "worker frontend call": (timed(lambda: health.Check(health_pb2.HealthCheckRequest())), given.pings),
-            "hand-off of 64 tokens": (lambda number: handoff(stub, number), given.handoffs),
+            f"hand-off of {PROMPT_TOKENS} tokens": (lambda number: handoff(stub, number), given.handoffs),
         }
         idle = {name: measure(call, count) for name, (call, count) in calls.items()}
         with streams(stub, given.streams) as intervals:
