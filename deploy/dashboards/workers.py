@@ -201,6 +201,7 @@ def _memory() -> list[Panel]:
             "restart the pod when it suits.",
             "short",
             (f"sum by (pod) (tandem_worker_orphaned_pages{{{WORKER}}})", "{{pod}}"),
+            (f"sum by (pod) (increase(tandem_worker_self_check_faults_total{{{WORKER}}}[{RATE}]))", "{{pod}}, faults"),
         ),
         graph(
             "Wait for pages and a slot, p95",

@@ -44,7 +44,7 @@ def test_the_others() -> None:
         fenced_instance_ids=(b"a", b"b"),
         ended_requests={"stop": 1, "length": 2},
         transports=(transport("tcp", 1),),
-        peers=(PeerFigures(address="p", landed=1, failed=2, num_bytes=3),),
+        peers=(PeerFigures(address="p", landed=1, failed=2, num_bytes=3, numerics="n", differing=1),),
     )
     other = LoadSnapshot(
         pages=PageCounts(free=10, total=10),
@@ -60,7 +60,7 @@ def test_the_others() -> None:
     assert merged.draining
     assert merged.ended_requests == {"stop": 6, "length": 2}
     assert merged.transports == (transport("tcp", 3), transport("none", 2))
-    assert merged.peers == (PeerFigures(address="p", landed=2, failed=3, num_bytes=4),)
+    assert merged.peers == (PeerFigures(address="p", landed=2, failed=3, num_bytes=4, numerics="n", differing=1),)
 
 
 def test_one_is_itself_and_empty_histograms_are_nothing() -> None:

@@ -33,6 +33,7 @@ def test_a_leaked_page_goes_to_quarantine_for_good() -> None:
     assert "allocated@1" in fault
     assert rig.scheduler.self_check() == [], "said once"
     assert rig.scheduler.load(0.0).orphaned_pages == 1
+    assert rig.scheduler.load(0.0).self_check_faults == 1
     rig.run()
     assert pool.counts().quarantined == 1
     assert 2 not in pool.free_pages()

@@ -41,6 +41,7 @@ class Counters:
     local_prefills: int = 0
     leases_started: int = 0
     leases_expired: int = 0
+    self_check_faults: int = 0
 
 
 class Timers:

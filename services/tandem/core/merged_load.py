@@ -72,6 +72,8 @@ def _add_peers(figures: Sequence[tuple[PeerFigures, ...]]) -> tuple[PeerFigures,
             landed=sum(each.landed for each in same),
             failed=sum(each.failed for each in same),
             num_bytes=sum(each.num_bytes for each in same),
+            numerics=next((each.numerics for each in same if each.numerics), ""),
+            differing=max(each.differing for each in same),  # replicas know the same peers, and have one numerics id
         )
         for address, same in by_address.items()
     )

@@ -159,7 +159,9 @@ class Scheduler:
         """Compare every page's references with who is known to hold it; orphans go to quarantine. For idle moments."""
         pins = self._exporter.pinned_pages() if self._exporter is not None else []
         under_read = self._importer.pages_under_read() if self._importer is not None else []
-        return self._check.run(pins, under_read)
+        faults = self._check.run(pins, under_read)
+        self._ledger.counters.self_check_faults += len(faults)
+        return faults
 
     def load(self, now: float) -> LoadSnapshot:
         ledger, importer, exporter = self._ledger, self._importer, self._exporter

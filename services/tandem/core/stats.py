@@ -103,6 +103,7 @@ class LoadSnapshot:
     local_prefills: int = 0  # prompts computed on decode because every named peer failed
     leases_started: int = 0
     leases_expired: int = 0
+    self_check_faults: int = 0  # what an idle worker's self-check found wrong, orphaned pages included
     orphaned_pages: int = 0  # found by the self-check, in quarantine until restart
     ended_requests: dict[str, int] = field(default_factory=dict)  # by EndReason
     transports: tuple[TransportFigures, ...] = ()

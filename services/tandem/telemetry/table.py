@@ -228,6 +228,7 @@ WORKER_LOAD_METRICS: dict[str, Metric] = {
     "local_prefills": _counter("local_prefills", "Prompts computed on decode because every named peer failed"),
     "leases_started": _counter("leases_started", "Hand-off streams that ended without a release"),
     "leases_expired": _counter("leases_expired", "Leases that nobody attached to"),
+    "self_check_faults": _counter("self_check_faults", "Faults in the books of pages, found by the self-check"),
 }
 WORKER_HISTOGRAMS: dict[str, Metric] = {
     "queue_seconds": _histogram(
