@@ -9,11 +9,14 @@ export PYTHON
 help: ## Show the targets
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-.venv/.run: pyproject.toml constraints.txt scripts/install
+# What an installation is made from; the operators are compiled by it.
+INSTALLED := pyproject.toml constraints.txt scripts/install setup.py $(wildcard native/*)
+
+.venv/.run: $(INSTALLED)
 	@scripts/install
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt scripts/install
+.venv/.dev: $(INSTALLED)
 	@scripts/install dev
 	@touch .venv/.run $@
 

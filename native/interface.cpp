@@ -30,7 +30,7 @@ extern "C" {
 #define TANDEM_EXPORT __attribute__((visibility("default")))
 
 // Raised with every change of this interface.
-TANDEM_EXPORT std::int32_t tandem_interface_version() { return 3; }
+TANDEM_EXPORT std::int32_t tandem_interface_version() { return 4; }
 
 // Whether this CPU runs the kernels of that name.
 TANDEM_EXPORT std::int32_t tandem_supports(const char* kernels) {

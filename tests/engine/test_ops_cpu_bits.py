@@ -17,7 +17,7 @@ from tandem.engine.models.tensors import expected_tensors, is_kept_wide
 from tandem.engine.ops.composed import ComposedLayers
 from tandem.engine.ops.contract import LayerParts, LayerStack
 from tandem.engine.ops.cpu import CpuOperators
-from tests.engine.ops_cpu_cases import every_kernel, generator, operators, plan
+from tests.engine.ops_cpu_cases import every_kernel, generator, library, operators, plan
 
 VOCABULARY = 131
 PAGE_TOKENS = 8
@@ -165,7 +165,7 @@ class OneByOne(CpuOperators):
 def test_layers_in_one_region_are_the_operators_one_by_one(kernels: str, experts: ExpertsSpec | None) -> None:
     tokens = [random.Random(7).randrange(VOCABULARY) for _ in range(400)]
     results = []
-    for cpu in (operators(kernels, 3), OneByOne(kernels, 2)):
+    for cpu in (operators(kernels, 3), OneByOne(kernels, 2, library())):
         with torch.inference_mode():
             batches = Batches(make_decoder(cpu, torch.bfloat16, experts), torch.bfloat16, 8)
             requests = [batches.request(tokens), batches.request(tokens[:90])]

@@ -41,6 +41,13 @@ def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         load_library(path)
 
 
+def test_a_library_without_a_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(library()._name)
+    monkeypatch.setitem(native._FUNCTIONS, "tandem_of_tomorrow", (None, []))
+    with pytest.raises(NativeUnavailable, match="without tandem_of_tomorrow, this package needs"):
+        load_library(path)
+
+
 def test_unknown_kernels() -> None:
     with pytest.raises(NativeUnavailable, match="avx9 kernels"):
         CpuOperators("avx9", 1, library())
@@ -55,8 +62,8 @@ def test_build_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_under_sanitizers() -> None:
+@pytest.mark.parametrize("part", ["", "_attention", "_bits", "_experts", "_tiles"])
+def test_under_sanitizers(part: str) -> None:
     """The other tests of the operators, with addresses and undefined behaviour checked in every C++ line."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -75,14 +82,24 @@ def test_under_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",  # the interpreter leaks at exit
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
-    tests = [f"tests/engine/test_ops_cpu{part}.py" for part in ("", "_attention", "_bits", "_experts", "_tiles")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            f"tests/engine/test_ops_cpu{part}.py",
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]

@@ -1,4 +1,4 @@
-"""How a program is told to stop: the first SIGTERM or SIGINT asks, the second insists."""
+"""How a program is told to stop: the first SIGTERM or SIGINT asks, the second insists, more change nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Installs handlers in the running event loop for as long as it is entered."""
+    """Installs handlers in the running event loop; what comes after it is left, at a program's end, is ignored."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -25,6 +25,7 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # or it would kill a program that is about to exit with 0
 
     def _received(self) -> None:
         if self.asked.is_set():

@@ -10,7 +10,7 @@ import platform
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4  # raised with every change of a function or a structure below
 LIBRARY_PATH = Path(__file__).parent / "libtandem_operators.so"
 NOTE_PATH = Path(__file__).parent / "not_built.txt"  # written by setup.py instead of the library
 FLOAT32, BFLOAT16 = 0, 1
@@ -138,9 +138,11 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     except OSError as error:
         raise NativeUnavailable(f"it cannot be loaded: {error}") from error
     version = library.tandem_interface_version()
-    if version != INTERFACE_VERSION:
+    lacking = [name for name in _FUNCTIONS if not hasattr(library, name)]
+    if version != INTERFACE_VERSION or lacking:
+        found = f"interface {version}" + (f" without {', '.join(lacking)}" if lacking else "")
         raise NativeUnavailable(
-            f"{path} has interface {version}, this package needs {INTERFACE_VERSION}: install the package again"
+            f"{path} has {found}, this package needs {INTERFACE_VERSION}: install the package again"
         )
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
