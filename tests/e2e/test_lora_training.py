@@ -151,6 +151,9 @@ def test_what_cannot_be_trained_says_why(service: Service, tmp_path: Path) -> No
     assert "start the worker with --server.admin on" in ended(trained(bare, file, "adds"), 1)
     worker = service.worker("unified", "--server.admin", "on").wait_ready()
     assert "no lora.folder" in ended(trained(worker, file, "adds"), 1)
+    for _ in range(5):  # however far the upload had come
+        assert "1 to 64 letters" in ended(trained(worker, file, "../adds"), 1)
+    file.write_text(json.dumps({"text": "x" * 1000}) + "\n" + 5000 * (json.dumps({"text": "y" * 1000}) + "\n"))
     assert "1 to 64 letters" in ended(trained(worker, file, "../adds"), 1)
     assert "rank is 1000, must be between 1 and 512" in ended(trained(worker, file, "adds", "--rank", "1000"), 1)
     file.write_text('{"text": "x"}\n{"prompt": 1, "completion": "x"}\n')

@@ -31,7 +31,15 @@ def train(arguments: argparse.Namespace) -> int:
     examples = list(read_examples(Path(arguments.file)))
 
     async def call(stub: Any) -> None:
-        async for event in stub.TrainLora(_requests(begin, examples)):
+        async def requests() -> AsyncIterator[admin_pb2.TrainLoraRequest]:
+            yield admin_pb2.TrainLoraRequest(begin=begin)
+            await stream.initial_metadata()  # Begin is taken, or the call has ended: then nothing more may be written
+            if not stream.done():
+                for message in _uploads(examples):
+                    yield message
+
+        stream = stub.TrainLora(requests())
+        async for event in stream:
             print(told(event), flush=True)
 
     return _run(arguments, call)
@@ -100,10 +108,7 @@ def _example(line: bytes, where: str) -> admin_pb2.Example:
     return admin_pb2.Example(**values)
 
 
-async def _requests(
-    begin: admin_pb2.Begin, examples: list[admin_pb2.Example]
-) -> AsyncIterator[admin_pb2.TrainLoraRequest]:
-    yield admin_pb2.TrainLoraRequest(begin=begin)
+def _uploads(examples: list[admin_pb2.Example]) -> Iterator[admin_pb2.TrainLoraRequest]:
     batch, size = admin_pb2.Examples(), 0
     for example in examples:
         batch.examples.append(example)

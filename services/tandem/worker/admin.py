@@ -30,6 +30,7 @@ from tandem.rpc.gen.admin.v1 import admin_service_pb2 as admin_pb2
 from tandem.rpc.gen.admin.v1 import admin_service_pb2_grpc as admin_grpc
 
 UPLOAD_SECONDS = 600.0  # for all examples to come
+DISCARD_SECONDS = 2.0
 MESSAGE_BYTES_MAX = 16 << 20  # of one Examples; the pipe to the rank takes 64 MiB at once
 MAX_UPLOADS = 3  # trainings whose examples are on their way or that are under way: their texts wait in one pipe
 RANK_MAX, EPOCHS_MAX, BATCH_MAX = 512, 1000, 1024
@@ -74,9 +75,12 @@ class AdminServer(admin_grpc.AdminServiceServicer):
         with self._job() as (job_id, queue):
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    options = await self._upload(job_id, request_iterator)
+                    options = await self._upload(job_id, request_iterator, context)
             except TimeoutError:
                 raise InvalidRequest(f"the examples did not come within {UPLOAD_SECONDS:g} s") from None
+            except InvalidRequest:
+                await _discard(request_iterator)
+                raise
             self._trained[job_id] = options.adapter
             self._send(StartTraining(job_id, options))
             while not isinstance(event := await queue.get(), TrainingEnded):
@@ -122,11 +126,12 @@ class AdminServer(admin_grpc.AdminServiceServicer):
             self._trained.pop(job_id, None)
             self._send(CancelTraining(job_id))  # of one that has ended it is ignored
 
-    async def _upload(self, job_id: int, requests: _Requests) -> TrainingOptions:
+    async def _upload(self, job_id: int, requests: _Requests, context: _Context) -> TrainingOptions:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("op") != "begin":
             raise InvalidRequest("the first message must be Begin")
         options = options_from_proto(first.begin, self._config)
+        await context.send_initial_metadata(())  # says that Begin is taken: examples may come
         num_examples = num_bytes = 0
         async for request in requests:
             if request.WhichOneof("op") != "examples":
@@ -201,6 +206,14 @@ def options_from_proto(begin: admin_pb2.Begin, config: LoraConfig) -> TrainingOp
 def _check_name(name: str) -> None:
     if not ADAPTER_NAME.fullmatch(name):
         raise InvalidRequest("an adapter's name has 1 to 64 letters, digits and ._-", field="adapter")
+
+
+async def _discard(requests: _Requests) -> None:
+    """Read what a refused client still sends, for a while: one that cannot write is not told why by every gRPC."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for _ in requests:
+                pass
 
 
 def _response(event: TrainingStarted | TrainingStep) -> admin_pb2.TrainLoraResponse:
