@@ -14,6 +14,7 @@ from grpc import aio
 
 from tandem.cli.client import tls_of
 from tandem.errors import ConfigError, TandemError, Unavailable
+from tandem.rpc.admin_upload import wait_until_taken
 from tandem.rpc.channels import open_channel, why_not_connected
 from tandem.rpc.gen.admin.v1 import admin_service_pb2 as admin_pb2
 from tandem.rpc.gen.admin.v1 import admin_service_pb2_grpc as admin_grpc
@@ -33,8 +34,7 @@ def train(arguments: argparse.Namespace) -> int:
     async def call(stub: Any) -> None:
         async def requests() -> AsyncIterator[admin_pb2.TrainLoraRequest]:
             yield admin_pb2.TrainLoraRequest(begin=begin)
-            await stream.initial_metadata()  # Begin is taken, or the call has ended: then nothing more may be written
-            if not stream.done():
+            if await wait_until_taken(stream):
                 for message in _uploads(examples):
                     yield message
 

@@ -26,6 +26,7 @@ from tandem.core.messages.training import (
     TrainingStep,
 )
 from tandem.errors import Cancelled, Draining, InvalidRequest, Overloaded, TandemError, Unavailable
+from tandem.rpc.admin_upload import BEGIN_TAKEN
 from tandem.rpc.gen.admin.v1 import admin_service_pb2 as admin_pb2
 from tandem.rpc.gen.admin.v1 import admin_service_pb2_grpc as admin_grpc
 
@@ -78,9 +79,6 @@ class AdminServer(admin_grpc.AdminServiceServicer):
                     options = await self._upload(job_id, request_iterator, context)
             except TimeoutError:
                 raise InvalidRequest(f"the examples did not come within {UPLOAD_SECONDS:g} s") from None
-            except InvalidRequest:
-                await _discard(request_iterator)
-                raise
             self._trained[job_id] = options.adapter
             self._send(StartTraining(job_id, options))
             while not isinstance(event := await queue.get(), TrainingEnded):
@@ -131,7 +129,15 @@ class AdminServer(admin_grpc.AdminServiceServicer):
         if first is None or first.WhichOneof("op") != "begin":
             raise InvalidRequest("the first message must be Begin")
         options = options_from_proto(first.begin, self._config)
-        await context.send_initial_metadata(())  # says that Begin is taken: examples may come
+        await context.send_initial_metadata(BEGIN_TAKEN)  # examples may come
+        try:
+            await self._take_examples(job_id, requests)
+        except InvalidRequest:
+            await _discard(requests)
+            raise
+        return options
+
+    async def _take_examples(self, job_id: int, requests: _Requests) -> None:
         num_examples = num_bytes = 0
         async for request in requests:
             if request.WhichOneof("op") != "examples":
@@ -151,7 +157,6 @@ class AdminServer(admin_grpc.AdminServiceServicer):
             self._send(TrainingExamples(job_id, pairs))
         if not num_examples:
             raise InvalidRequest("there are no examples", field="examples")
-        return options
 
     def _checked(self, ended: TrainingEnded) -> TrainingEnded:
         """Raise what the end of a training is for its client, if it is no success."""

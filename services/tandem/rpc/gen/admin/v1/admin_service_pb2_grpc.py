@@ -57,7 +57,7 @@ class AdminServiceServicer:
     """
 
     def TrainLora(self, request_iterator, context):
-        """Trains a LoRA adapter beside the serving. The client sends Begin, whose taking the initial metadata tells, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it.
+        """Trains a LoRA adapter beside the serving. The client sends Begin, which initial metadata (tandem-begin: taken) answers, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     TrainLora: _grpc.StreamStreamMultiCallable[_admin_service_pb2.TrainLoraRequest, _admin_service_pb2.TrainLoraResponse]
-    """Trains a LoRA adapter beside the serving. The client sends Begin, whose taking the initial metadata tells, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it."""
+    """Trains a LoRA adapter beside the serving. The client sends Begin, which initial metadata (tandem-begin: taken) answers, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it."""
     CancelTraining: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CancelTrainingRequest, _admin_service_pb2.CancelTrainingResponse]
     """Ends the training under way, if its adapter has that name (empty: any); its own stream ends with CANCELLED."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.LoadAdapterRequest, _admin_service_pb2.LoadAdapterResponse]
@@ -46,7 +46,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     TrainLora: _aio.StreamStreamMultiCallable[_admin_service_pb2.TrainLoraRequest, _admin_service_pb2.TrainLoraResponse]  # type: ignore[assignment]
-    """Trains a LoRA adapter beside the serving. The client sends Begin, whose taking the initial metadata tells, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it."""
+    """Trains a LoRA adapter beside the serving. The client sends Begin, which initial metadata (tandem-begin: taken) answers, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it."""
     CancelTraining: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CancelTrainingRequest, _admin_service_pb2.CancelTrainingResponse]  # type: ignore[assignment]
     """Ends the training under way, if its adapter has that name (empty: any); its own stream ends with CANCELLED."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.LoadAdapterRequest, _admin_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_admin_service_pb2.TrainLoraRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.TrainLoraResponse], _abc.AsyncIterator[_admin_service_pb2.TrainLoraResponse]]:
-        """Trains a LoRA adapter beside the serving. The client sends Begin, whose taking the initial metadata tells, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it."""
+        """Trains a LoRA adapter beside the serving. The client sends Begin, which initial metadata (tandem-begin: taken) answers, then Examples; the training starts when it closes its side. Its end is the end of the stream; a client that goes away cancels it."""
 
     @_abc_1.abstractmethod
     def CancelTraining(
