@@ -13,6 +13,7 @@ from typing import Any, Literal
 Role = Literal["prefill", "decode", "unified"]
 OperatorChoice = Literal["auto", "reference", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "cpu-amx"]
 LoopName = Literal["auto", "normal", "overlap"]
+HugePages = Literal["auto", "off", "require"]
 TransportChoice = Literal["auto", "mooncake-rdma", "mooncake-tcp", "tcp"]
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it may become the name of a folder
@@ -93,6 +94,9 @@ class CacheConfig:
     pool_bytes: int = setting(0, "KV pools of one worker in bytes, all replicas; 0: see memory_fraction", low=0)
     memory_fraction: float = setting(0.25, "share of the free memory that the KV pools take", low=0.01, high=0.95)
     pool_bytes_max: int = setting(4 << 30, "bound of memory_fraction in bytes", low=1 << 20)
+    huge_pages: HugePages = setting(
+        "auto", "KV pools in reserved pages of 2 MB; auto: where enough are free, else ordinary, huge ones advised"
+    )
     prefix_cache: bool = setting(True, "reuse the pages of equal prompt beginnings")
 
 

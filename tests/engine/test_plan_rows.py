@@ -90,7 +90,7 @@ def test_zero_tail_in_shared_memory(engine: Engine, driver: PlanDriver, num_toke
     host_pool(engine.memory, engine.layout).fill_(7.0)
     request = driver.start(PROMPT[:num_tokens], 8)
     driver.execute([driver.row(request, num_tokens, zero_tail=True)])
-    other = PoolMemory.attach(os.dup(engine.memory.fd))
+    other = PoolMemory.attach(os.dup(engine.memory.fd), engine.memory.size_bytes, engine.memory.pages)
     pool = host_pool(other, engine.layout)
     for number, page in enumerate(request.pages):
         used = min(max(num_tokens - number * 8, 0), 8)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tandem.config import CacheConfig, Config, ModelConfig, ParallelConfig, SchedulerConfig
+from tandem.config import CacheConfig, Config, HugePages, ModelConfig, ParallelConfig, SchedulerConfig
 from tandem.engine import rank_device
 from tandem.engine import start as start_module
-from tandem.engine.pool import host_pool, sized_layout
+from tandem.engine.pool import Reserve, host_pool, sized_layout, take_pool
 from tandem.engine.start import numerics_id, start_engine
 from tandem.errors import ConfigError
 from tandem.transfer.layout import KvLayout
@@ -90,8 +93,44 @@ def test_pool_sizes() -> None:
     assert sized_layout(PAGE, bounded, PAGE.page_bytes * 1000).num_pages == 6
     with pytest.raises(ConfigError, match=r"cache.memory_fraction of the free memory: .* holds 3 pages"):
         sized_layout(PAGE, share, PAGE.page_bytes * 7)
-    with pytest.raises(ConfigError, match=r"cache.pool_bytes: 90000 asked for, 80000 bytes of memory are free"):
-        sized_layout(PAGE, CacheConfig(pool_bytes=90_000), 80_000)
+
+
+def test_a_pool_that_does_not_fit_into_free_memory() -> None:
+    """Reserved huge pages are no part of the free memory: a pool that lies in them need not fit into it."""
+    layout = sized_layout(PAGE, CacheConfig(pool_bytes=90_000), 80_000)
+    too_large = re.escape("cache.pool_bytes: 90000 asked for, 80000 bytes of memory are free")
+
+    def reserve(wishes: list[str], granted: bool) -> Reserve:
+        def take(size_bytes: int, wish: str, progress: Callable[[str], None]) -> PoolMemory:
+            wishes.append(wish)
+            if not granted:
+                raise ConfigError("cache.huge_pages: none")
+            return PoolMemory.create(size_bytes)
+
+        return take
+
+    def take(wish: HugePages, granted: bool, *, free: int = 80_000, on_gpu: bool = False) -> list[str]:
+        wishes: list[str] = []
+        cache = CacheConfig(pool_bytes=90_000, huge_pages=wish)
+        take_pool(layout, cache, free, lambda _: None, on_gpu=on_gpu, reserve=reserve(wishes, granted)).close()
+        return wishes
+
+    assert take("auto", True) == take("require", True) == ["require"]
+    for wish, granted, on_gpu in (("auto", False, False), ("off", True, False), ("auto", True, True)):
+        with pytest.raises(ConfigError, match=too_large):
+            take(wish, granted, on_gpu=on_gpu)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"cache\.huge_pages: none"):
+        take("require", False)
+    assert [take(wish, True, free=90_000) for wish in ("auto", "off", "require")] == [["auto"], ["off"], ["require"]]
+    mirrors = [take(wish, True, free=90_000, on_gpu=True) for wish in ("auto", "off", "require")]
+    assert mirrors == [[], ["off"], ["require"]], "the mirror of a GPU's pool takes reserved pages only if told to"
+
+
+def test_the_progress_says_what_the_pool_lies_in() -> None:
+    said: list[str] = []
+    layout = sized_layout(PAGE, CacheConfig(pool_bytes=1 << 20), 1 << 30)
+    take_pool(layout, CacheConfig(huge_pages="off"), 1 << 30, said.append).close()
+    assert said == [f"KV pool: {layout.num_pages} pages of 4 tokens, 0.00 GB in pages of {mmap.PAGESIZE >> 10} KB"]
 
 
 def test_workspace_is_counted_before_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

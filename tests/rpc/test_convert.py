@@ -208,6 +208,7 @@ def test_worker_info_and_load() -> None:
         dtype="float32",
         operators="reference",
         weight_bytes=1,
+        pool_pages="ordinary",
         endpoints=(RankEndpoint(transport="tcp", address="h:1", instance_id=b"i"),),
         imports=("loopback",),
         transport_notes=("no RDMA",),

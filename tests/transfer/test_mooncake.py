@@ -164,6 +164,7 @@ def assembled(config: TransferConfig) -> list[object]:
         layout=layout,
         worker_host="127.0.0.1",
         memory_fd=-1,
+        memory_pages="ordinary",
         channel_fd=-1,
     )
     service, outcomes = Assembly(launch, scratch(4, 4096), lambda _: None).build()

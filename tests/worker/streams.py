@@ -42,6 +42,7 @@ def rank_ready(role: str = "prefill", **changes: Any) -> RankReady:
         "dtype": "float32",
         "operators": "reference",
         "weight_bytes": 1,
+        "pool_pages": "ordinary",
         "endpoints": (),
         "imports": ("tcp",),
         "transport_notes": (),

@@ -26,7 +26,7 @@ from tandem.engine.models.spec import DecoderSpec, read_spec
 from tandem.engine.ops.choice import choose_operators
 from tandem.engine.ops.contract import Operators
 from tandem.engine.place import RankPlace
-from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout
+from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout, take_pool
 from tandem.engine.rank_device import rank_device, rank_threads, ranks_here, uses_nccl
 from tandem.engine.runner import PlanRunner
 from tandem.engine.sampler import sampling_bytes
@@ -102,9 +102,10 @@ def start_engine(
         one_page = _one_page(config, loaded, part)
         fingerprint = one_page.fingerprint(loaded.digest, spec.num_layers, spec.num_kv_heads)
         _require_equal(links, fingerprint=fingerprint, numerics=numerics, operators=operators.name)
-        layout = _agree(links, _sized_layout(config, loaded, one_page, operators, decoder, device))
-        progress(f"KV pool: {layout.num_pages} pages of {layout.page_tokens} tokens, {layout.pool_bytes / 1e9:.2f} GB")
-        memory = PoolMemory.create(layout.pool_bytes)
+        free_bytes = _free_for_pool(config, loaded, one_page, operators, decoder, device)
+        share = Fraction(part.kv.num_layers * part.kv.num_heads, spec.num_layers * spec.num_kv_heads)
+        layout = _agree(links, sized_layout(one_page, config.cache, free_bytes, share))
+        memory = take_pool(layout, config.cache, free_bytes, progress, on_gpu=device.type == "cuda")
         ready = _build_device(config, decoder, lora, memory, layout, device, num_threads, links)
     return Engine(
         device=ready,
@@ -192,15 +193,15 @@ def _one_page(config: Config, loaded: _Loaded, part: ModelPart) -> KvLayout:
     )
 
 
-def _sized_layout(
+def _free_for_pool(
     config: Config,
     loaded: _Loaded,
     one_page: KvLayout,
     operators: Operators,
     decoder: Decoder,
     device: torch.device,
-) -> KvLayout:
-    """The pool takes its share of what weights and workspace leave; both are there by now, though not all touched."""
+) -> int:
+    """Bytes that weights and workspace leave; both are there by now, though not all touched."""
     spec = loaded.spec
     budget_tokens = config.scheduler.budget_tokens
     shaped_pool = torch.empty((1, *one_page.page_shape), dtype=TORCH_DTYPES[loaded.dtype], device=device)
@@ -215,9 +216,7 @@ def _sized_layout(
     free_bytes = _free_bytes(device)
     if device.type == "cpu":
         free_bytes //= ranks_here(config.parallel)  # all of them measure now
-    whole = replace(one_page, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads)
-    free_bytes = max(0, free_bytes - taken) // config.parallel.data_size  # the pools of replicas that start later
-    return sized_layout(one_page, config.cache, free_bytes, Fraction(one_page.page_bytes, whole.page_bytes))
+    return max(0, free_bytes - taken) // config.parallel.data_size  # the pools of replicas that start later
 
 
 def _require_equal(links: RankLinks, **facts: str) -> None:

@@ -277,7 +277,9 @@ PEER_NUMERICS = _gauge(
     "1: this prefill peer computes with other bits; its pages serve their request and are not cached",
     "peer",
 )
-WORKER_INFO = Metric(name="tandem_worker", kind="info", help="What this worker runs", labels=("role",))
+WORKER_INFO = Metric(
+    name="tandem_worker", kind="info", help="What this worker runs, and what its KV pool lies in", labels=("role",)
+)
 TRANSPORT = _gauge("transport", "1 for each transport that can be used, in order of preference", "transport", "rank")
 # By replica (parallel.data_size, 64 at most), which is "0" where there is one; by the field of LoadSnapshot.
 REPLICA_LOAD_METRICS: dict[str, Metric] = {

@@ -21,6 +21,7 @@ from tandem.core.messages.transfer import (
 )
 from tandem.ipc import Schema
 from tandem.transfer.layout import KvLayout
+from tandem.transfer.memory import PoolPages
 
 COMMANDS = Schema([RankExport, Revoke, RankPull, CancelPull])
 OUTCOMES = Schema([TransferReady, TransferLost, Exported, Revoked, PullEnded, TransportFallback])
@@ -35,6 +36,7 @@ class Launch:
     layout: KvLayout
     worker_host: str
     memory_fd: int
+    memory_pages: PoolPages
     channel_fd: int
     tls: TlsConfig = TlsConfig()
 

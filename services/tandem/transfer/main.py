@@ -79,7 +79,7 @@ def main() -> None:
     channel = Channel(socket.socket(fileno=launch.channel_fd), outgoing=OUTCOMES, incoming=COMMANDS)
     os.set_inheritable(launch.channel_fd, False)
     os.set_inheritable(launch.memory_fd, False)
-    memory = PoolMemory.attach(launch.memory_fd)
+    memory = PoolMemory.attach(launch.memory_fd, launch.layout.pool_bytes, launch.memory_pages)
     outbox = Outbox()
     try:
         service, first = Assembly(launch, PageSpace(memory.view, launch.layout.page_bytes), outbox.post).build()

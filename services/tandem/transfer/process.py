@@ -50,6 +50,7 @@ class TransferProcess:
                 layout=layout,
                 worker_host=worker_host,
                 memory_fd=memory.fd,
+                memory_pages=memory.pages,
                 channel_fd=child_end.fileno(),
             )
             try:

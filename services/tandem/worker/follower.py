@@ -102,6 +102,7 @@ def ready_of(engine: Engine, place: RankPlace) -> FollowerReady:
         num_heads=part.num_heads,
         weight_bytes=engine.weight_bytes,
         pool_bytes=engine.layout.pool_bytes,
+        pool_pages=engine.memory.pages,
         resident_bytes=resident_bytes(),
     )
 

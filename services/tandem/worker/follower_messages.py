@@ -50,6 +50,7 @@ class FollowerReady:
     num_heads: int
     weight_bytes: int
     pool_bytes: int
+    pool_pages: str
     resident_bytes: int
 
 

@@ -14,6 +14,7 @@ from tandem.engine.place import RankPlace
 from tandem.engine.start import Engine, start_engine
 from tandem.engine.wire import listen_store
 from tandem.ipc import Channel
+from tandem.transfer.memory import common_pages, describe_pages
 from tandem.worker.follower import meeting_of, ready_of
 from tandem.worker.follower_messages import FROM_FOLLOWER, TO_FOLLOWER, FollowerReady, StartFollower
 from tandem.worker.follower_process import Follower
@@ -30,6 +31,7 @@ class Ranks:
 
     engine: Engine
     weight_bytes: int  # of all ranks
+    pool_pages: str  # that their pools lie in
     links: tuple[FollowerLink, ...] = ()
 
     @property
@@ -81,7 +83,7 @@ def start_ranks(
     place = RankPlace(0, Sharding(parallel.tensor_size, parallel.pipeline_size))
     if place.num_ranks == 1:
         engine = start_engine(config, progress)
-        return Ranks(engine, engine.weight_bytes)
+        return Ranks(engine, engine.weight_bytes, engine.memory.pages)
     followers = Followers((*others, *_from_elsewhere(config, place.num_ranks, progress)), progress)
     try:
         host = _own_host(parallel)
@@ -109,7 +111,9 @@ def start_ranks(
         progress(f"rank {rank}: {_holds(own)}")
     device = RankedDevice(engine.device, followers, place.drawing_rank, parallel.collective_seconds)
     links = tuple(FollowerLink(followers, follower.rank) for follower in followers)
-    return Ranks(replace(engine, device=device), sum(own.weight_bytes for own in ready.values()), links)
+    num_bytes = sum(own.weight_bytes for own in ready.values())
+    pages = common_pages(own.pool_pages for own in ready.values())
+    return Ranks(replace(engine, device=device), num_bytes, pages, links)
 
 
 def _own_host(parallel: ParallelConfig) -> str:
@@ -153,6 +157,7 @@ def _holds(ready: FollowerReady) -> str:
     return (
         f"layers {ready.first_layer} to {ready.first_layer + ready.num_layers - 1}, "
         f"KV heads {ready.first_head} to {ready.first_head + ready.num_heads - 1}, "
-        f"{ready.weight_bytes / 1e6:.1f} MB of weights, a pool of {ready.pool_bytes / 1e6:.1f} MB, "
+        f"{ready.weight_bytes / 1e6:.1f} MB of weights, a pool of {ready.pool_bytes / 1e6:.1f} MB "
+        f"in {describe_pages(ready.pool_pages)}, "
         f"{ready.resident_bytes / 1e6:.0f} MB resident"
     )

@@ -307,6 +307,7 @@ class _Worker:
             "fingerprint": ready.fingerprint,
             "version": info.version,
             "data_size": str(ready.data_size),
+            "pool_pages": ready.pool_pages,
         }
         register_worker(
             self._registry,

@@ -204,6 +204,7 @@ def _ready(
         dtype=engine.layout.dtype,
         operators=engine.operators,
         weight_bytes=ranks.weight_bytes,
+        pool_pages=ranks.pool_pages,
         endpoints=transfer.endpoints if transfer is not None and start.role == "prefill" else (),
         imports=transfer.imports if transfer is not None and start.role == "decode" else (),
         transport_notes=transfer.notes if transfer is not None else (),

@@ -16,6 +16,7 @@ from typing import Any
 from tandem.config import Config, ParallelConfig, Role, TransferConfig
 from tandem.core.messages.worker import AdaptersChanged, RankFailed, RankReady
 from tandem.errors import TandemError
+from tandem.transfer.memory import common_pages
 from tandem.worker.messages import StartRank
 from tandem.worker.rank_process import RankProcess
 
@@ -246,6 +247,7 @@ def merge_ready(readies: Sequence[RankReady]) -> RankReady:
         num_pages=sum(ready.num_pages for ready in readies),
         max_running_requests=sum(ready.max_running_requests for ready in readies),
         weight_bytes=sum(ready.weight_bytes for ready in readies),
+        pool_pages=common_pages(ready.pool_pages for ready in readies),
         endpoints=tuple(end for end in first.endpoints if all(end.transport in each for each in names)),
         imports=tuple(name for name in first.imports if all(name in ready.imports for ready in readies)),
         transport_notes=tuple(dict.fromkeys(note for ready in readies for note in ready.transport_notes)),

@@ -49,6 +49,7 @@ class RankReady:
     dtype: str
     operators: str
     weight_bytes: int
+    pool_pages: str  # huge, advised or ordinary; mixed: not the same in all of its pools
     endpoints: tuple[RankEndpoint, ...]
     imports: tuple[str, ...]
     transport_notes: tuple[str, ...]
