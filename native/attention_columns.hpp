@@ -87,16 +87,26 @@ TANDEM_INLINE void widen_values(const char* from, Element element, std::int64_t 
     }
 }
 
-// Columns of a tile straight from the pool: a value's elements from `byte` on. Keys that are needed next are asked for
-// on the way, the same bytes of each.
+// Columns that lie in the first cache; what is needed next is asked for meanwhile.
+struct AskingColumns {
+    WideColumns columns;
+    LinesAhead& lines;
+
+    TANDEM_INLINE Lanes at(std::int64_t depth, int panel) const {
+        if (panel == 0) lines.ask();
+        return columns.at(depth, panel);
+    }
+};
+
+// Columns of a tile straight from the pool: a value's elements from `byte` on.
 template <bool kNarrow>
 struct ValueColumns {
     const char* const* values;
-    const char* const* ahead;
+    LinesAhead& lines;
     std::int64_t byte;
 
     TANDEM_INLINE Lanes at(std::int64_t key, int panel) const {
-        if (panel == 0) _mm_prefetch(ahead[key] + byte, _MM_HINT_T1);
+        if (panel == 0) lines.ask();
         const char* from = values[key] + byte;
         if constexpr (kNarrow) return widen(reinterpret_cast<const std::uint16_t*>(from) + panel * kLanes);
         return load(reinterpret_cast<const float*>(from) + panel * kLanes);

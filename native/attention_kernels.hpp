@@ -117,12 +117,11 @@ struct FloatArithmetic {
         const std::int64_t dim = task.heads.head_dim;
         for (; panel + P <= walk.keys.last_panel; panel += P) {
             for (int p = 0; p < P; ++p) {
-                walk.prefetch_values(panel + p);
                 columns_of_keys(walk.places->keys + (panel + p) * kLanes, task.pool.element, dim,
                                 space.keys + p * padded * kLanes);
             }
             multiply_rows<P>(rows, dim, StridedRows{space.queries, padded},
-                             WideColumns{space.keys, kLanes, padded * kLanes},
+                             AskingColumns{{space.keys, kLanes, padded * kLanes}, walk.values_ahead},
                              {space.scores + panel * kLanes, kScoreStride, kLanes, Start::kStore});
         }
         return panel;
@@ -141,7 +140,7 @@ struct FloatArithmetic {
         const std::int64_t first = walk.keys.low - walk.keys.block_start, count = walk.keys.end - walk.keys.low;
         const StridedRows weights{space.scores + first, kScoreStride};
         const auto columns = [&](std::int64_t d) {
-            return ValueColumns<kNarrow>{walk.places->values + first, walk.ahead() + first, d * (kNarrow ? 2 : 4)};
+            return ValueColumns<kNarrow>{walk.places->values + first, walk.keys_ahead, d * (kNarrow ? 2 : 4)};
         };
         std::int64_t d = 0;
         for (; d + kWidePanels * kLanes <= dim; d += kWidePanels * kLanes) {
@@ -159,7 +158,7 @@ struct FloatArithmetic {
         for (std::int64_t start = keys.low; start < keys.end; start += kValueChunk) {
             const std::int64_t first = start - keys.block_start, count = least_of(kValueChunk, keys.end - start);
             for (std::int64_t j = first; j < first + count; ++j) {
-                prefetch(walk.ahead() + j, 1, walk.slot_bytes);
+                for (std::int64_t byte = 0; byte < walk.slot_bytes; byte += 64) walk.keys_ahead.ask();
                 widen_values(walk.places->values[j], task.pool.element, task.heads.head_dim,
                              space.values + (j - first) * padded);
             }
@@ -216,13 +215,13 @@ void attend_tile(const AttendTask& task, std::int64_t number, float* scratch) {
     const std::int64_t rows = item.num_tokens * group;
     const std::int64_t last_block = item.first_block + item.num_blocks;
     const Workspace space(scratch, rows, padded);
-    BlockWalk walk(task, item);
+    BlockWalk walk(task, number);
     take_queries<Arithmetic>(task, item, group, padded, space.queries);
     if (item.partial < 0) begin_total(rows, padded, padded, space.greatest, space.sum, space.total);
     for (std::int64_t block = item.first_block; block < last_block; ++block) {
         const std::int64_t at = (block - item.first_block) * partial_floats(rows, dim);
         const BlockResult result(item.partial < 0 ? space.block : task.partials + item.partial + at, rows);
-        walk.begin(task, item, block, last_block);
+        walk.begin(block);
         Arithmetic::scores(task, walk, space, rows, padded);
         for (std::int64_t i = 0; i < rows; ++i) {
             const std::int64_t own = item.position + i / group;

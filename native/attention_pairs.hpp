@@ -44,15 +44,14 @@ TANDEM_INLINE void transpose_sixteen(__m512i (&words)[16]) {
     }
 }
 
-// Sixteen keys -> [head_dim / 2][16] words of two dimensions. Values are asked for on the way.
-TANDEM_INLINE void columns_of_pairs(const char* const* keys, const char* const* values, std::int64_t dim,
-                                    std::uint32_t* to) {
+// Sixteen keys -> [head_dim / 2][16] words of two dimensions.
+TANDEM_INLINE void columns_of_pairs(const char* const* keys, LinesAhead& values, std::int64_t dim, std::uint32_t* to) {
     for (std::int64_t d = 0; d < dim; d += kPairDims) {
         const __mmask16 mask = words_of(dim - d);
         __m512i words[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-            _mm_prefetch(values[i] + d * 2, _MM_HINT_T1);
+            if (i % 2 == 0) values.ask();
             words[i] = _mm512_maskz_loadu_epi32(mask, keys[i] + d * 2);
         }
         transpose_sixteen(words);
@@ -69,19 +68,69 @@ TANDEM_INLINE void pair_values(const char* first, const char* second, __mmask16 
     words[1] = _mm512_unpackhi_epi16(a, b);
 }
 
+// Columns that lie in the first cache; what is needed next is asked for meanwhile.
+struct AskingWords {
+    WordColumns columns;
+    LinesAhead& lines;
+    LinesNear& near;
+
+    template <int P>
+    TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
+        lines.ask();
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) near.ask();
+        columns.take(pair, words);
+    }
+};
+
 // Columns of a tile straight from the pool: pairs of keys, 32 dimensions from `byte` on.
 struct PairedValues {
     const char* const* values;
-    const char* const* ahead;
+    LinesAhead& lines;
     std::int64_t byte;
     __mmask16 mask;
 
     TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[2]) const {
-        _mm_prefetch(ahead[2 * pair] + byte, _MM_HINT_T1);
-        _mm_prefetch(ahead[2 * pair + 1] + byte, _MM_HINT_T1);
+        lines.ask();
+        lines.ask();
         pair_values(values[2 * pair] + byte, values[2 * pair + 1] + byte, mask, words);
     }
 };
+
+// Weighted values of M rows over 64 dimensions at once, so that a key's lines are read one after another.
+template <int M>
+void weigh_wide(std::int64_t pairs, StridedWords weights, const PairedValues& columns, Sums result) {
+    Lanes sums[M][4];
+    begin_sums(sums, result);
+    PairedValues second = columns;
+    second.byte += kPairDims * 2;
+    for (std::int64_t k = 0; k < pairs; ++k) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            __m512i words[2];
+            (half == 0 ? columns : second).take(k, words);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+                const __m512i x = weights.at(k, i);
+                sums[i][2 * half] = {dot(sums[i][2 * half].v, x, words[0])};
+                sums[i][2 * half + 1] = {dot(sums[i][2 * half + 1].v, x, words[1])};
+            }
+        }
+    }
+    end_sums(sums, result);
+}
+
+constexpr int kWideRows = 7;  // 28 accumulators of 32 registers
+
+template <int M = kWideRows>
+TANDEM_INLINE void weigh_wide_rows(std::int64_t num_rows, std::int64_t pairs, StridedWords weights,
+                                   const PairedValues& columns, Sums result) {
+    if (num_rows == M) {
+        weigh_wide<M>(pairs, weights, columns, result);
+    } else if constexpr (M > 1) {
+        weigh_wide_rows<M - 1>(num_rows, pairs, weights, columns, result);
+    }
+}
 
 struct PairArithmetic {
     static void take_query(const float* from, std::int64_t dim, std::int64_t padded, float scale, float* to) {
@@ -101,17 +150,18 @@ struct PairArithmetic {
     }
 
     template <int P>
-    static std::int64_t score_panels(const AttendTask& task, const BlockWalk& walk, std::int64_t panel,
-                                     const Workspace& space, std::int64_t rows, std::int64_t padded) {
+    static std::int64_t score_panels(const AttendTask& task, const BlockWalk& walk, LinesNear& near,
+                                     std::int64_t panel, const Workspace& space, std::int64_t rows,
+                                     std::int64_t padded) {
         const std::int64_t dim = task.heads.head_dim, panel_words = padded / 2 * kLanes;
         std::uint32_t* words = reinterpret_cast<std::uint32_t*>(space.keys);
         for (; panel + P <= walk.keys.last_panel; panel += P) {
             for (int p = 0; p < P; ++p) {
                 const std::int64_t first = (panel + p) * kLanes;
-                columns_of_pairs(walk.places->keys + first, walk.places->values + first, dim, words + p * panel_words);
+                columns_of_pairs(walk.places->keys + first, walk.values_ahead, dim, words + p * panel_words);
             }
             dot_rows<P>(rows, dim / 2, StridedWords{space.queries, padded},
-                        WordColumns{words, kLanes, panel_words},
+                        AskingWords{{words, kLanes, panel_words}, walk.values_ahead, near},
                         {space.scores + panel * kLanes, kScoreStride, kLanes, Start::kStore});
         }
         return panel;
@@ -119,19 +169,30 @@ struct PairArithmetic {
 
     static void scores(const AttendTask& task, const BlockWalk& walk, const Workspace& space, std::int64_t rows,
                        std::int64_t padded) {
-        const std::int64_t panel = score_panels<2>(task, walk, walk.keys.first_panel, space, rows, padded);
-        score_panels<1>(task, walk, panel, space, rows, padded);
+        // Keys of the panels after those that are multiplied. Many rows take longer over them than it pays.
+        const std::int64_t second = (walk.keys.first_panel + 2) * kLanes;
+        LinesNear near;
+        if (rows <= kStripRows) {
+            near = {walk.places->keys, second, walk.keys.end - walk.keys.block_start, walk.slot_bytes};
+        }
+        const std::int64_t panel = score_panels<2>(task, walk, near, walk.keys.first_panel, space, rows, padded);
+        score_panels<1>(task, walk, near, panel, space, rows, padded);
     }
 
     // Few rows: each value is read once, straight from the pool.
     static void direct_values(const BlockWalk& walk, const StridedWords& weights, std::int64_t first,
                               std::int64_t pairs, std::int64_t rows, std::int64_t dim, const Sums& result) {
-        for (std::int64_t d = 0; d < dim; d += kPairDims) {
-            const PairedValues columns{walk.places->values + first, walk.ahead() + first, d * 2, words_of(dim - d)};
-            Sums part = result;
-            part.to += d;
-            dot_rows<2>(rows, pairs, weights, columns, part);
+        std::int64_t d = 0;
+        const auto columns = [&](std::int64_t from) {
+            return PairedValues{walk.places->values + first, walk.keys_ahead, from * 2, words_of(dim - from)};
+        };
+        const auto part = [&](std::int64_t from) {
+            return Sums{result.to + from, result.row_stride, result.panel_stride, result.start};
+        };
+        for (; rows <= kWideRows && d + 2 * kPairDims <= dim; d += 2 * kPairDims) {
+            weigh_wide_rows(rows, pairs, weights, columns(d), part(d));
         }
+        for (; d < dim; d += kPairDims) dot_rows<2>(rows, pairs, weights, columns(d), part(d));
     }
 
     // Many rows: values are paired once for all of them, some keys at a time.
@@ -143,7 +204,7 @@ struct PairArithmetic {
             const std::int64_t count = least_of(at_once, pairs - start);
             for (std::int64_t d = 0; d < dim; d += kPairDims) {
                 const std::int64_t key = first + 2 * start;
-                const PairedValues columns{walk.places->values + key, walk.ahead() + key, d * 2, words_of(dim - d)};
+                const PairedValues columns{walk.places->values + key, walk.keys_ahead, d * 2, words_of(dim - d)};
                 for (std::int64_t pair = 0; pair < count; ++pair) {
                     __m512i two[2];
                     columns.take(pair, two);

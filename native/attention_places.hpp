@@ -70,45 +70,81 @@ TANDEM_INLINE void prefetch(const char* const* from, std::int64_t count, std::in
     }
 }
 
+// Lines of the pool that are needed next, in the order in which they lie. They are asked for one by one while others
+// are multiplied: few reads can be under way at once, and a burst of them stops whatever is computed.
+template <_mm_hint kInto>
+class Lines {
+public:
+    Lines() = default;
+    Lines(const char* const* slots, std::int64_t first, std::int64_t last, std::int64_t slot_bytes)
+        : slots_(slots), slot_(first), last_(last), slot_bytes_(slot_bytes) {}
+
+    TANDEM_INLINE void ask() {
+        if (slot_ >= last_) return;
+        _mm_prefetch(slots_[slot_] + byte_, kInto);
+        byte_ += 64;
+        if (byte_ < slot_bytes_) return;
+        byte_ = 0;
+        ++slot_;
+    }
+
+private:
+    const char* const* slots_ = nullptr;
+    std::int64_t slot_ = 0, last_ = 0, byte_ = 0, slot_bytes_ = 0;
+};
+
+using LinesAhead = Lines<_MM_HINT_T1>;  // from memory into the second cache
+using LinesNear = Lines<_MM_HINT_T0>;   // from there into the first
+
 constexpr std::int64_t kPanelsAtOnce = 3;  // of an item's first keys, asked for before anything is computed
 
-// Goes over the blocks of an item: where this block's keys and values lie, and the keys of the next.
+// Goes over the blocks of an item: where this block's keys and values lie, and what is needed after them.
 class BlockWalk {
 public:
     VisibleKeys keys;
     const BlockPlaces* places;
     const std::int64_t slot_bytes;
+    // This block's values, to be asked for while its keys are multiplied; and the keys of the next block while values
+    // are weighed. After an item's last block those are the first keys of the item that this thread probably does next.
+    mutable LinesAhead values_ahead, keys_ahead;
 
-    BlockWalk(const AttendTask& task, const AttendItem& item) : slot_bytes(slot_bytes_of(task.pool)) {
+    BlockWalk(const AttendTask& task, std::int64_t number)
+        : slot_bytes(slot_bytes_of(task.pool)), task_(task), number_(number) {
+        const AttendItem& item = task.items[number];
         next_keys_ = visible_keys(task, item, item.first_block);
         find_places(task, item, next_keys_, two_[item.first_block % 2]);
         const std::int64_t panels = least_of(kPanelsAtOnce, next_keys_.last_panel - next_keys_.first_panel);
         prefetch(two_[item.first_block % 2].keys + next_keys_.first_panel * kLanes, panels * kLanes, slot_bytes);
     }
 
-    TANDEM_INLINE void begin(const AttendTask& task, const AttendItem& item, std::int64_t block,
-                             std::int64_t last_block) {
+    TANDEM_INLINE void begin(std::int64_t block) {
+        const AttendItem& item = task_.items[number_];
         keys = next_keys_;
         places = &two_[block % 2];
-        ahead_ = places->values;
-        if (block + 1 == last_block) return;
-        next_keys_ = visible_keys(task, item, block + 1);
-        find_places(task, item, next_keys_, two_[(block + 1) % 2]);
-        ahead_ = two_[(block + 1) % 2].keys;
-    }
-
-    // The next block's keys: to be asked for while values are weighed. In the last block what is there already.
-    TANDEM_INLINE const char* const* ahead() const { return ahead_; }
-
-    // Values of a panel are asked for while its keys are multiplied.
-    TANDEM_INLINE void prefetch_values(std::int64_t panel) const {
-        prefetch(places->values + panel * kLanes, kLanes, slot_bytes);
+        BlockPlaces& after = two_[(block + 1) % 2];
+        values_ahead = lines(places->values, keys);
+        keys_ahead = LinesAhead();
+        if (block + 1 < item.first_block + item.num_blocks) {
+            next_keys_ = visible_keys(task_, item, block + 1);
+            find_places(task_, item, next_keys_, after);
+            keys_ahead = lines(after.keys, next_keys_);
+        } else if (number_ + task_.threads < task_.num_items) {
+            const AttendItem& next = task_.items[number_ + task_.threads];
+            const VisibleKeys first_keys = visible_keys(task_, next, next.first_block);
+            find_places(task_, next, first_keys, after);
+            keys_ahead = lines(after.keys, first_keys);
+        }
     }
 
 private:
+    LinesAhead lines(const char* const* slots, const VisibleKeys& visible) const {
+        return {slots, visible.low - visible.block_start, visible.end - visible.block_start, slot_bytes};
+    }
+
+    const AttendTask& task_;
+    const std::int64_t number_;
     BlockPlaces two_[2];
     VisibleKeys next_keys_;
-    const char* const* ahead_;
 };
 
 }  // namespace
