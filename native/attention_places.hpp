@@ -79,8 +79,20 @@ public:
     Lines(const char* const* slots, std::int64_t first, std::int64_t last, std::int64_t slot_bytes)
         : slots_(slots), slot_(first), last_(last), slot_bytes_(slot_bytes) {}
 
+    // Go on with these after the last one.
+    void then(const char* const* slots, std::int64_t first, std::int64_t last) {
+        slots_after_ = slots;
+        first_after_ = first;
+        last_after_ = last;
+    }
+
     TANDEM_INLINE void ask() {
-        if (slot_ >= last_) return;
+        if (slot_ >= last_) {
+            if (first_after_ >= last_after_) return;
+            slots_ = slots_after_;
+            slot_ = first_after_;
+            last_ = first_after_ = last_after_;
+        }
         _mm_prefetch(slots_[slot_] + byte_, kInto);
         byte_ += 64;
         if (byte_ < slot_bytes_) return;
@@ -91,6 +103,8 @@ public:
 private:
     const char* const* slots_ = nullptr;
     std::int64_t slot_ = 0, last_ = 0, byte_ = 0, slot_bytes_ = 0;
+    const char* const* slots_after_ = nullptr;
+    std::int64_t first_after_ = 0, last_after_ = 0;
 };
 
 using LinesAhead = Lines<_MM_HINT_T1>;  // from memory into the second cache
@@ -105,7 +119,7 @@ public:
     const BlockPlaces* places;
     const std::int64_t slot_bytes;
     // This block's values, to be asked for while its keys are multiplied; and the keys of the next block while values
-    // are weighed. After an item's last block those are the first keys of the item that this thread probably does next.
+    // are weighed. What follows an item's last block are the first keys of the item that this thread probably does next.
     mutable LinesAhead values_ahead, keys_ahead;
 
     BlockWalk(const AttendTask& task, std::int64_t number)
@@ -119,31 +133,39 @@ public:
 
     TANDEM_INLINE void begin(std::int64_t block) {
         const AttendItem& item = task_.items[number_];
+        const std::int64_t last_block = item.first_block + item.num_blocks - 1;
         keys = next_keys_;
         places = &two_[block % 2];
-        BlockPlaces& after = two_[(block + 1) % 2];
         values_ahead = lines(places->values, keys);
-        keys_ahead = LinesAhead();
-        if (block + 1 < item.first_block + item.num_blocks) {
+        keys_ahead = lines(nullptr, {});
+        if (block < last_block) {
+            BlockPlaces& after = two_[(block + 1) % 2];
             next_keys_ = visible_keys(task_, item, block + 1);
             find_places(task_, item, next_keys_, after);
             keys_ahead = lines(after.keys, next_keys_);
-        } else if (number_ + task_.threads < task_.num_items) {
-            const AttendItem& next = task_.items[number_ + task_.threads];
-            const VisibleKeys first_keys = visible_keys(task_, next, next.first_block);
-            find_places(task_, next, first_keys, after);
-            keys_ahead = lines(after.keys, first_keys);
+            // Too short a block to ask for much while its values are weighed.
+            if (block + 1 == last_block && next_keys_.end - next_keys_.low < kKeyBlock / 2) ask_for_next_item();
+        } else if (keys.end - keys.low >= kKeyBlock / 2 || block == item.first_block) {
+            ask_for_next_item();
         }
     }
 
 private:
+    void ask_for_next_item() {
+        if (number_ + task_.threads >= task_.num_items) return;
+        const AttendItem& next = task_.items[number_ + task_.threads];
+        const VisibleKeys visible = visible_keys(task_, next, next.first_block);
+        find_places(task_, next, visible, of_next_item_);
+        keys_ahead.then(of_next_item_.keys, visible.low - visible.block_start, visible.end - visible.block_start);
+    }
+
     LinesAhead lines(const char* const* slots, const VisibleKeys& visible) const {
         return {slots, visible.low - visible.block_start, visible.end - visible.block_start, slot_bytes};
     }
 
     const AttendTask& task_;
     const std::int64_t number_;
-    BlockPlaces two_[2];
+    BlockPlaces two_[2], of_next_item_;
     VisibleKeys next_keys_;
 };
 
