@@ -90,10 +90,10 @@ TANDEM_INLINE void widen_values(const char* from, Element element, std::int64_t 
 // Columns that lie in the first cache; what is needed next is asked for meanwhile.
 struct AskingColumns {
     WideColumns columns;
-    LinesAhead& lines;
+    SlotsAhead& ahead;
 
     TANDEM_INLINE Lanes at(std::int64_t depth, int panel) const {
-        if (panel == 0) lines.ask();
+        if (panel == 0) ahead.ask();
         return columns.at(depth, panel);
     }
 };
@@ -102,11 +102,11 @@ struct AskingColumns {
 template <bool kNarrow>
 struct ValueColumns {
     const char* const* values;
-    LinesAhead& lines;
+    SlotsAhead& ahead;
     std::int64_t byte;
 
     TANDEM_INLINE Lanes at(std::int64_t key, int panel) const {
-        if (panel == 0) lines.ask();
+        if (panel == 0) ahead.ask();
         const char* from = values[key] + byte;
         if constexpr (kNarrow) return widen(reinterpret_cast<const std::uint16_t*>(from) + panel * kLanes);
         return load(reinterpret_cast<const float*>(from) + panel * kLanes);

@@ -78,7 +78,7 @@ TANDEM_INLINE void add_block(const BlockResult& block, std::int64_t rows, std::i
 
 // Scores of one row -> weights; keys outside of [low, high] of the row get none.
 TANDEM_INLINE void weigh_row(float* scores, const VisibleKeys& keys, std::int64_t low, std::int64_t high,
-                             float& greatest, float& sum) {
+                             SlotsAhead& ahead, float& greatest, float& sum) {
     constexpr float nothing = -__builtin_inff();
     const std::int64_t first = keys.first_panel * kLanes, last = keys.last_panel * kLanes;
     for (std::int64_t j = first; j < least_of(last, low - keys.block_start); ++j) scores[j] = nothing;
@@ -94,6 +94,7 @@ TANDEM_INLINE void weigh_row(float* scores, const VisibleKeys& keys, std::int64_
     Lanes sums = zero();
     const Lanes subtracted = same(greatest);
     for (std::int64_t j = first; j < last; j += kLanes) {
+        ahead.ask();
         const Lanes weights = exponential(load(scores + j) - subtracted);
         sums = sums + weights;
         store(scores + j, weights);
@@ -158,7 +159,7 @@ struct FloatArithmetic {
         for (std::int64_t start = keys.low; start < keys.end; start += kValueChunk) {
             const std::int64_t first = start - keys.block_start, count = least_of(kValueChunk, keys.end - start);
             for (std::int64_t j = first; j < first + count; ++j) {
-                for (std::int64_t byte = 0; byte < walk.slot_bytes; byte += 64) walk.keys_ahead.ask();
+                walk.keys_ahead.ask();
                 widen_values(walk.places->values[j], task.pool.element, task.heads.head_dim,
                              space.values + (j - first) * padded);
             }
@@ -227,7 +228,7 @@ void attend_tile(const AttendTask& task, std::int64_t number, float* scratch) {
             const std::int64_t own = item.position + i / group;
             const std::int64_t low = task.window == 0 ? 0 : own - task.window + 1;
             float* scores = space.scores + i * kScoreStride;
-            weigh_row(scores, walk.keys, low, own, result.greatest[i], result.sum[i]);
+            weigh_row(scores, walk.keys, low, own, walk.keys_ahead, result.greatest[i], result.sum[i]);
             Arithmetic::take_weights(scores, walk.keys);
         }
         Arithmetic::values(task, walk, space, rows, padded, result.values);

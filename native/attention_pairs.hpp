@@ -45,13 +45,13 @@ TANDEM_INLINE void transpose_sixteen(__m512i (&words)[16]) {
 }
 
 // Sixteen keys -> [head_dim / 2][16] words of two dimensions.
-TANDEM_INLINE void columns_of_pairs(const char* const* keys, LinesAhead& values, std::int64_t dim, std::uint32_t* to) {
+TANDEM_INLINE void columns_of_pairs(const char* const* keys, SlotsAhead& values, std::int64_t dim, std::uint32_t* to) {
     for (std::int64_t d = 0; d < dim; d += kPairDims) {
         const __mmask16 mask = words_of(dim - d);
         __m512i words[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-            if (i % 2 == 0) values.ask();
+            if (i % 4 == 0) values.ask();
             words[i] = _mm512_maskz_loadu_epi32(mask, keys[i] + d * 2);
         }
         transpose_sixteen(words);
@@ -68,31 +68,36 @@ TANDEM_INLINE void pair_values(const char* first, const char* second, __mmask16 
     words[1] = _mm512_unpackhi_epi16(a, b);
 }
 
-// Columns that lie in the first cache; what is needed next is asked for meanwhile.
+// Columns that lie in the first cache. Meanwhile values are asked for, half of them where columns are made, and the keys
+// of the columns after these.
+template <int P>
 struct AskingWords {
-    WordColumns columns;
-    LinesAhead& lines;
-    LinesNear& near;
+    AskingWords(const WordColumns& of, std::int64_t pairs, SlotsAhead& values_of, SlotsNear& keys_of)
+        : columns(of), values(values_of), keys(keys_of) {
+        while ((skipped + 1) * P * kLanes < pairs) skipped = 2 * skipped + 1;
+    }
 
-    template <int P>
     TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
-        lines.ask();
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) near.ask();
+        if ((pair & (2 * skipped + 1)) == 0) values.ask();
+        if ((pair & skipped) == 0) keys.ask();
         columns.take(pair, words);
     }
+
+    WordColumns columns;
+    SlotsAhead& values;
+    SlotsNear& keys;
+    std::int64_t skipped = 0;  // pairs between two keys that are asked for, a power of two less one
 };
 
 // Columns of a tile straight from the pool: pairs of keys, 32 dimensions from `byte` on.
 struct PairedValues {
     const char* const* values;
-    LinesAhead& lines;
+    SlotsAhead& ahead;
     std::int64_t byte;
     __mmask16 mask;
 
     TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[2]) const {
-        lines.ask();
-        lines.ask();
+        ahead.ask();
         pair_values(values[2 * pair] + byte, values[2 * pair + 1] + byte, mask, words);
     }
 };
@@ -150,7 +155,7 @@ struct PairArithmetic {
     }
 
     template <int P>
-    static std::int64_t score_panels(const AttendTask& task, const BlockWalk& walk, LinesNear& near,
+    static std::int64_t score_panels(const AttendTask& task, const BlockWalk& walk, SlotsNear& near,
                                      std::int64_t panel, const Workspace& space, std::int64_t rows,
                                      std::int64_t padded) {
         const std::int64_t dim = task.heads.head_dim, panel_words = padded / 2 * kLanes;
@@ -161,7 +166,7 @@ struct PairArithmetic {
                 columns_of_pairs(walk.places->keys + first, walk.values_ahead, dim, words + p * panel_words);
             }
             dot_rows<P>(rows, dim / 2, StridedWords{space.queries, padded},
-                        AskingWords{{words, kLanes, panel_words}, walk.values_ahead, near},
+                        AskingWords<P>({words, kLanes, panel_words}, dim / 2, walk.values_ahead, near),
                         {space.scores + panel * kLanes, kScoreStride, kLanes, Start::kStore});
         }
         return panel;
@@ -171,7 +176,7 @@ struct PairArithmetic {
                        std::int64_t padded) {
         // Keys of the panels after those that are multiplied. Many rows take longer over them than it pays.
         const std::int64_t second = (walk.keys.first_panel + 2) * kLanes;
-        LinesNear near;
+        SlotsNear near;
         if (rows <= kStripRows) {
             near = {walk.places->keys, second, walk.keys.end - walk.keys.block_start, walk.slot_bytes};
         }

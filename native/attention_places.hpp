@@ -70,14 +70,14 @@ TANDEM_INLINE void prefetch(const char* const* from, std::int64_t count, std::in
     }
 }
 
-// Lines of the pool that are needed next, in the order in which they lie. They are asked for one by one while others
-// are multiplied: few reads can be under way at once, and a burst of them stops whatever is computed.
+// Keys or values that are needed next. They are asked for one by one, in the order in which they lie, while others are
+// multiplied: few reads can be under way at once, and a burst of them stops whatever is computed.
 template <_mm_hint kInto>
-class Lines {
+class Slots {
 public:
-    Lines() = default;
-    Lines(const char* const* slots, std::int64_t first, std::int64_t last, std::int64_t slot_bytes)
-        : slots_(slots), slot_(first), last_(last), slot_bytes_(slot_bytes) {}
+    Slots() = default;
+    Slots(const char* const* slots, std::int64_t first, std::int64_t last, std::int64_t slot_bytes)
+        : slots_(slots), next_(first), last_(last), slot_bytes_(slot_bytes) {}
 
     // Go on with these after the last one.
     void then(const char* const* slots, std::int64_t first, std::int64_t last) {
@@ -87,28 +87,29 @@ public:
     }
 
     TANDEM_INLINE void ask() {
-        if (slot_ >= last_) {
-            if (first_after_ >= last_after_) return;
-            slots_ = slots_after_;
-            slot_ = first_after_;
-            last_ = first_after_ = last_after_;
-        }
-        _mm_prefetch(slots_[slot_] + byte_, kInto);
-        byte_ += 64;
-        if (byte_ < slot_bytes_) return;
-        byte_ = 0;
-        ++slot_;
+        if (next_ >= last_ && !go_on()) return;
+        const char* from = slots_[next_++];
+        _mm_prefetch(from, kInto);
+        for (std::int64_t byte = 64; byte < slot_bytes_; byte += 64) _mm_prefetch(from + byte, kInto);
     }
 
 private:
+    bool go_on() {
+        slots_ = slots_after_;
+        next_ = first_after_;
+        last_ = last_after_;
+        first_after_ = last_after_ = 0;
+        return next_ < last_;
+    }
+
     const char* const* slots_ = nullptr;
-    std::int64_t slot_ = 0, last_ = 0, byte_ = 0, slot_bytes_ = 0;
+    std::int64_t next_ = 0, last_ = 0, slot_bytes_ = 0;
     const char* const* slots_after_ = nullptr;
     std::int64_t first_after_ = 0, last_after_ = 0;
 };
 
-using LinesAhead = Lines<_MM_HINT_T1>;  // from memory into the second cache
-using LinesNear = Lines<_MM_HINT_T0>;   // from there into the first
+using SlotsAhead = Slots<_MM_HINT_T1>;  // from memory into the second cache
+using SlotsNear = Slots<_MM_HINT_T0>;   // from there into the first
 
 constexpr std::int64_t kPanelsAtOnce = 3;  // of an item's first keys, asked for before anything is computed
 
@@ -120,7 +121,7 @@ public:
     const std::int64_t slot_bytes;
     // This block's values, to be asked for while its keys are multiplied; and the keys of the next block while values
     // are weighed. What follows an item's last block are the first keys of the item that this thread probably does next.
-    mutable LinesAhead values_ahead, keys_ahead;
+    mutable SlotsAhead values_ahead, keys_ahead;
 
     BlockWalk(const AttendTask& task, std::int64_t number)
         : slot_bytes(slot_bytes_of(task.pool)), task_(task), number_(number) {
@@ -136,13 +137,13 @@ public:
         const std::int64_t last_block = item.first_block + item.num_blocks - 1;
         keys = next_keys_;
         places = &two_[block % 2];
-        values_ahead = lines(places->values, keys);
-        keys_ahead = lines(nullptr, {});
+        values_ahead = slots_of(places->values, keys);
+        keys_ahead = slots_of(nullptr, {});
         if (block < last_block) {
             BlockPlaces& after = two_[(block + 1) % 2];
             next_keys_ = visible_keys(task_, item, block + 1);
             find_places(task_, item, next_keys_, after);
-            keys_ahead = lines(after.keys, next_keys_);
+            keys_ahead = slots_of(after.keys, next_keys_);
             // Too short a block to ask for much while its values are weighed.
             if (block + 1 == last_block && next_keys_.end - next_keys_.low < kKeyBlock / 2) ask_for_next_item();
         } else if (keys.end - keys.low >= kKeyBlock / 2 || block == item.first_block) {
@@ -159,7 +160,7 @@ private:
         keys_ahead.then(of_next_item_.keys, visible.low - visible.block_start, visible.end - visible.block_start);
     }
 
-    LinesAhead lines(const char* const* slots, const VisibleKeys& visible) const {
+    SlotsAhead slots_of(const char* const* slots, const VisibleKeys& visible) const {
         return {slots, visible.low - visible.block_start, visible.end - visible.block_start, slot_bytes};
     }
 
