@@ -41,14 +41,17 @@ TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std
     const std::uint16_t* from =
         static_cast<const std::uint16_t*>(task.weights) + panel * panel_elements + depth_start * kPanelColumns;
     const WordColumns columns{from, kPanelColumns, panel_elements / 2};
+    const std::int64_t strips = part.last_strip - part.first_strip;
+    const std::int64_t turns = strips >= 4 ? 4 : strips >= 2 ? 2 : 1;
     for (std::int64_t strip = part.first_strip; strip < part.last_strip; ++strip) {
         const std::int64_t start = strip_start(task.rows, task.strips, strip);
         const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - start;
         const char* rows = static_cast<const char*>(task.strips_packed) + (start * padded + depth_start * count) * 2;
         float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
         const Sums result{to, kPanelColumns, panel_stride, depth_start == 0 ? Start::kStore : Start::kAdd};
-        if (strip == part.first_strip && count >= kAheadRows) {
-            dot_packed<P>(count, depth / 2, rows, AheadColumns{columns, ahead}, result);
+        const std::int64_t turn = strip - part.first_strip;
+        if (turn < turns && count >= kAheadRows) {
+            dot_packed<P>(count, depth / 2, rows, AheadColumns{columns, ahead, turn, turns}, result);
         } else {
             dot_packed<P>(count, depth / 2, rows, columns, result);
         }

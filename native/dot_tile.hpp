@@ -45,15 +45,18 @@ struct WordColumns {
     }
 };
 
-// The same, and what lies `ahead` bytes behind them is asked for: weights come from memory.
+// The same, and what lies `ahead` bytes behind them is asked for: weights come from memory. Strips that use the same
+// columns share that, pair by pair: strip `turn` asks where pair modulo `turns` (a power of two) is its number.
 struct AheadColumns {
     WordColumns columns;
-    std::int64_t ahead;
+    std::int64_t ahead, turn, turns;
     template <int P>
     TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
         const char* next = static_cast<const char*>(columns.from) + pair * columns.pair_stride * 4 + ahead;
+        if ((pair & (turns - 1)) == turn) {
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) _mm_prefetch(next + p * columns.panel_stride * 4, _MM_HINT_T1);
+            for (int p = 0; p < P; ++p) _mm_prefetch(next + p * columns.panel_stride * 4, _MM_HINT_T1);
+        }
         columns.take(pair, words);
     }
 };
