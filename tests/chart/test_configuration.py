@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tandem.config import Config, ParallelConfig
 from tandem.config_load import PROGRAM_SECTIONS, Program, load
+from tandem.transfer.huge_pages import HUGE_PAGE_BYTES
 from tests.chart.rendered import VALUE_SETS, Rendered, values_of
 
 POD_ADDRESS = "10.1.2.3"
@@ -211,6 +213,31 @@ def test_rdma(tmp_path: Path) -> None:
         in_host = role in ("prefill", "decode")
         assert template["spec"].get("hostNetwork", False) is in_host
         assert template["spec"].get("dnsPolicy") == ("ClusterFirstWithHostNet" if in_host else None)
+
+
+def test_huge_pages(tmp_path: Path) -> None:
+    rendered = Rendered(values_of("huge-pages"))
+    for role, amount, size in (("prefill", "512Mi", 512 << 20), ("decode", "4Gi", 4 << 30)):
+        cache = loaded(rendered, role, tmp_path).cache
+        assert (cache.huge_pages, cache.pool_bytes) == ("require", size)
+        resources = rendered.container(role)["resources"]
+        assert resources["requests"]["hugepages-2Mi"] == resources["limits"]["hugepages-2Mi"] == amount
+        assert resources["requests"]["memory"] and resources["requests"]["cpu"], "Kubernetes wants one of them beside"
+    assert "hugepages-2Mi" not in rendered.container("gateway")["resources"]["limits"]
+    without = Rendered({"config": {"cache": {"huge_pages": "off", "pool_bytes": 1 << 30}}})
+    assert "hugepages-2Mi" not in without.container("decode")["resources"]["limits"]
+    cache = loaded(without, "decode", tmp_path).cache
+    assert (cache.huge_pages, cache.pool_bytes) == ("off", 1 << 30)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dataSize": 3}, {"tensorSize": 2, "pipelineSize": 3, "dataSize": 2}])
+def test_all_pools_of_a_pod_fit_into_its_huge_pages(sizes: dict[str, int], tmp_path: Path) -> None:
+    """Each pool ends in a page of its own; the worst is one byte of it."""
+    rendered = Rendered({"decode": {"hugePages": "64Mi", "parallel": sizes}})
+    pool_bytes = loaded(rendered, "decode", tmp_path).cache.pool_bytes
+    num_pools = math.prod(sizes.values())
+    most = pool_bytes // HUGE_PAGE_BYTES + num_pools - 1  # pages, however the pools share their bytes
+    assert most == 32
 
 
 def test_a_changed_configuration_replaces_the_pods_that_it_concerns() -> None:

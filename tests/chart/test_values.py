@@ -39,6 +39,9 @@ REFUSED_BY_SCHEMA: list[tuple[dict[str, Any], str]] = [
     ({"decode": {"drain": {"seconds": -0.5}}}, "drain/seconds"),
     ({"decode": {"preStopSeconds": "5s"}}, "preStopSeconds"),
     ({"decode": {"resources": {"request": {}}}}, "request"),
+    ({"decode": {"hugePages": "4G"}}, "decode/hugePages"),
+    ({"decode": {"hugePages": "3Mi"}}, "decode/hugePages"),
+    ({"gateway": {"hugePages": "4Gi"}}, "hugePages"),
     ({"decode": {"pdb": {"maxUnavailable": "150%"}}}, "maxUnavailable"),
     ({"decode": {"strategy": {"maxSurge": -1}}}, "maxSurge"),
     ({"decode": {"autoscaling": {"minReplicas": 0}}}, "minReplicas"),
@@ -83,6 +86,9 @@ REFUSED_BY_TEMPLATES: list[tuple[dict[str, Any], str]] = [
     ({"probes": {"grpc": True}, "tls": {"peers": {"secretName": "peers"}}}, "probes.grpc"),
     ({"tls": {"clients": {"requireClientCertificate": True}}}, "tls.clients.secretName"),
     ({"tls": {"clients": TLS["clients"] | {"clientCaSecretName": "x"}}}, "tls.clients.clientCaSecretName"),
+    ({"decode": {"hugePages": "6Mi", "parallel": {"dataSize": 2}}}, "decode.hugePages"),
+    ({"decode": {"hugePages": "4Gi", "config": {"cache": {"pool_bytes": 1}}}}, "decode.config.cache.pool_bytes"),
+    ({"decode": {"hugePages": "4Gi"}, "config": {"cache": {"huge_pages": "off"}}}, "config.cache.huge_pages"),
     ({"rdma": {"enabled": True}}, "rdma.trustedNetwork"),
     ({"transport": "mooncake-tcp"}, "rdma.trustedNetwork"),
     ({"transport": "mooncake-rdma", "rdma": {"trustedNetwork": True}}, "rdma.enabled"),
@@ -118,7 +124,8 @@ def test_every_setting_that_the_chart_writes_is_set_in_one_place() -> None:
     for key in _written():
         section, _, field = key.partition(".")
         default = SETTINGS[key].field.default
-        values = {"config": {section: {field: list(default) if isinstance(default, tuple) else default}}}
+        values: dict[str, Any] = {"decode": {"hugePages": "1Gi"}}  # else the chart says nothing of the cache
+        values["config"] = {section: {field: list(default) if isinstance(default, tuple) else default}}
         with pytest.raises(helm.HelmRenderError, match=re.escape(f"config.{key}: the chart sets it")):
             Rendered(values)
 

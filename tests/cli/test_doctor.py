@@ -16,7 +16,7 @@ def test_here_it_runs() -> None:
     lines, code = doctor.report()
     assert code == 0
     assert {line.split()[1] for line in lines if line.startswith(("ok", "lost"))} == {
-        *("python", "torch", "CPU", "ranks", "operators", "memory", "libibverbs1", "mooncake", "RDMA")
+        *("python", "torch", "CPU", "ranks", "operators", "memory", "huge-pages", "libibverbs1", "mooncake", "RDMA")
     }
 
 
@@ -42,6 +42,26 @@ def test_ranks_are_counted_by_what_they_compute_on(tmp_path: Path, monkeypatch: 
         (tmp_path / name).mkdir()
     monkeypatch.setattr(doctor, "_GPUS", tmp_path)
     assert "2 GPUs" in line()
+
+
+@pytest.mark.parametrize(
+    ("free", "shmem", "level", "words"),
+    [
+        (500, "advise [never]", "ok", "500 of 2 MB are reserved and free, for KV pools of 1.0 GB"),
+        (0, "[advise] never", "ok", "shmem_enabled is advise: KV pools lie in transparent ones"),
+        (0, "advise [never]", "lost", "shmem_enabled is never: KV pools lie in ordinary ones"),
+        (0, None, "lost", "sysctl -w vm.nr_hugepages=512"),
+    ],
+)
+def test_huge_pages(tmp_path: Path, free: int, shmem: str | None, level: str, words: str) -> None:
+    kernel = tmp_path / "sys" / "kernel" / "mm"
+    for folder in ("hugepages/hugepages-2048kB", "transparent_hugepage"):
+        (kernel / folder).mkdir(parents=True)
+    (kernel / "hugepages" / "hugepages-2048kB" / "free_hugepages").write_text(f"{free}\n")
+    if shmem is not None:
+        (kernel / "transparent_hugepage" / "shmem_enabled").write_text(f"{shmem}\n")
+    finding = doctor._huge_pages(tmp_path)
+    assert finding.level == level and words in finding.text
 
 
 def test_missing_libibverbs_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tandem.config import TransferConfig
 from tandem.engine.native.library import NativeUnavailable, load_library
 from tandem.transfer.choice import devices, mooncake_absence
+from tandem.transfer.huge_pages import HUGE_PAGE_BYTES, advice_is_heeded, free_huge_pages, shmem_choice
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _COMFORTABLE_BYTES = 2 << 30
@@ -124,6 +125,21 @@ def _memory() -> Finding:
     return Finding("ok", "memory", text)
 
 
+def _huge_pages(root: Path = Path("/")) -> Finding:
+    """What KV pools lie in, by cache.huge_pages: auto."""
+    free, choice = free_huge_pages(root), shmem_choice(root) or "not there"
+    if free:
+        size = free * HUGE_PAGE_BYTES / 1e9
+        return Finding("ok", "huge-pages", f"{free} of 2 MB are reserved and free, for KV pools of {size:.1f} GB")
+    text = f"none of 2 MB is reserved and free, shmem_enabled is {choice}: KV pools lie in "
+    if advice_is_heeded(root):
+        return Finding("ok", "huge-pages", text + "transparent ones where the kernel has some; see docs/performance.md")
+    advice = "sysctl -w vm.nr_hugepages=512 (1 GB), or echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    return Finding(
+        "lost", "huge-pages", f"{text}ordinary ones, attention to long contexts is slower. As root: {advice}"
+    )
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()
@@ -138,6 +154,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _ranks,
     _operators,
     _memory,
+    _huge_pages,
     _verbs,
     _mooncake,
     _rdma,

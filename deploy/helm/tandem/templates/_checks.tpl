@@ -69,7 +69,7 @@ is refused by name, before anything in the cluster changes.
 
 {{/*
 Fields of the program's file that the chart writes, and the value that each is set by; "": nobody but the chart sets it.
-Written twice, ports, mounts, rights or grace periods would no longer fit what the program does.
+Written twice, ports, mounts, rights or grace periods would no longer fit what the program does. Call with (list $ role).
 */}}
 {{- define "tandem.owned" -}}
 model.path: model.path
@@ -118,13 +118,17 @@ telemetry.otlp_endpoint: telemetry.otlpEndpoint
 telemetry.trace_ratio: telemetry.traceRatio
 telemetry.vllm_metrics: telemetry.vllmMetrics
 telemetry.genai_metrics: telemetry.genaiMetrics
+{{- if (index (index . 0).Values (index . 1)).hugePages }}
+cache.huge_pages: ROLE.hugePages
+cache.pool_bytes: ROLE.hugePages
+{{- end }}
 {{- end }}
 
 {{/* Refuse what a `config` value says about the chart's own fields. Call with (list $ role). */}}
 {{- define "tandem.ownedChecks" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
-{{- $owned := include "tandem.owned" $root | fromYaml -}}
+{{- $owned := include "tandem.owned" . | fromYaml -}}
 {{- range $place, $config := dict "config" $root.Values.config (printf "%s.config" $role) (index $root.Values $role).config -}}
 {{- range $section, $fields := $config -}}
 {{- range $field, $_ := $fields -}}

@@ -18,6 +18,7 @@
 {{- $_ := set $config "scheduler" (dict "loop" $values.loop) -}}
 {{- $sizes := $values.parallel -}}
 {{- $_ := set $config "parallel" (dict "tensor_size" (int $sizes.tensorSize) "pipeline_size" (int $sizes.pipelineSize) "data_size" (int $sizes.dataSize) "expert_size" (int $sizes.expertSize)) -}}
+{{- if $values.hugePages }}{{ $_ := set $config "cache" (dict "huge_pages" "require" "pool_bytes" (include "tandem.hugePoolBytes" . | int64)) }}{{ end -}}
 {{- if ne $role "unified" -}}
 {{- $_ := set $config "transfer" (include "tandem.transferConfig" $root | fromYaml) -}}
 {{- $_ := set $config.transfer "port" (include "tandem.kvPorts" . | fromYamlArray | first | int) -}}
@@ -42,10 +43,28 @@ port_name: grpc
 {{- end }}
 {{- end }}
 
-{{/* The KV ports of a worker: one a transfer process, which every rank of every replica has. */}}
-{{- define "tandem.kvPorts" -}}
+{{/* Ranks of all replicas in a worker's pod: each has a pool and a transfer process. Call with (list $ role). */}}
+{{- define "tandem.numPools" -}}
 {{- $sizes := (index (index . 0).Values (index . 1)).parallel -}}
-{{- $count := mul (int $sizes.tensorSize) (int $sizes.pipelineSize) (int $sizes.dataSize) | int -}}
+{{- mul (int $sizes.tensorSize) (int $sizes.pipelineSize) (int $sizes.dataSize) -}}
+{{- end }}
+
+{{/* cache.pool_bytes that fills the pod's huge pages: each pool but one may need a part of a page beyond its share. */}}
+{{- define "tandem.hugePoolBytes" -}}
+{{- $role := index . 1 -}}
+{{- $given := (index (index . 0).Values $role).hugePages -}}
+{{- $pages := hasSuffix "Gi" $given | ternary 512 1 | mul (trimSuffix "Gi" $given | trimSuffix "Mi" | int64) -}}
+{{- if hasSuffix "Mi" $given }}{{ $pages = div $pages 2 }}{{ end -}}
+{{- $pools := include "tandem.numPools" . | int64 -}}
+{{- if lt $pages (mul 2 $pools) -}}
+{{- fail (printf "%s.hugePages: %s are %d huge pages, the %d pools of a pod need two each at least" $role $given $pages $pools) -}}
+{{- end -}}
+{{- mul (sub $pages $pools | add 1) 2097152 -}}
+{{- end }}
+
+{{/* The KV ports of a worker: one a transfer process. */}}
+{{- define "tandem.kvPorts" -}}
+{{- $count := include "tandem.numPools" . | int -}}
 {{- $first := gt $count 1 | ternary 50100 50052 -}}
 {{- range untilStep $first (add $first $count | int) 1 }}
 - {{ . }}

@@ -165,13 +165,15 @@ capabilities:
 {{- define "tandem.resources" -}}
 {{- $root := index . 0 -}}
 {{- $role := index . 1 -}}
-{{- $resources := deepCopy (index $root.Values $role).resources -}}
-{{- if and $root.Values.rdma.enabled (ne $role "gateway") -}}
-{{- range $kind := list "limits" "requests" -}}
-{{- $amounts := get $resources $kind | default dict -}}
-{{- $_ := set $amounts $root.Values.rdma.resourceName (toString $root.Values.rdma.resourceCount) -}}
-{{- $_ := set $resources $kind $amounts -}}
+{{- $values := index $root.Values $role -}}
+{{- $resources := deepCopy $values.resources -}}
+{{- $added := dict -}}{{/* requests must be equal to limits for these */}}
+{{- if ne $role "gateway" -}}
+{{- if $root.Values.rdma.enabled }}{{ $_ := set $added $root.Values.rdma.resourceName (toString $root.Values.rdma.resourceCount) }}{{ end -}}
+{{- if $values.hugePages }}{{ $_ := set $added "hugepages-2Mi" $values.hugePages }}{{ end -}}
 {{- end -}}
+{{- range $kind := $added | empty | ternary list (list "limits" "requests") -}}
+{{- $_ := set $resources $kind (mergeOverwrite (get $resources $kind | default dict) $added) -}}
 {{- end -}}
 {{- toYaml $resources -}}
 {{- end }}
