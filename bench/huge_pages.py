@@ -2,7 +2,7 @@
 
     python bench/huge_pages.py --model DIR [--rounds 7]
 
-Two processes hold the model; one of them has told the kernel that it wants no huge pages.
+Two processes hold the model; one of them has told the kernel that it wants no huge pages, and takes no reserved ones.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def serve(given: argparse.Namespace) -> int:
     if given.child == "without" and ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0:
         raise SystemExit("this kernel does not turn huge pages off for a process")
     model = ModelConfig(path=given.model, device="cpu", threads=given.threads)
-    engine = start_engine(Config(model=model, cache=CacheConfig(pool_bytes=POOL_BYTES)), lambda text: None)
+    cache = CacheConfig(pool_bytes=POOL_BYTES, huge_pages="off" if given.child == "without" else "auto")
+    engine = start_engine(Config(model=model, cache=cache), lambda text: None)
     plans = TimedPlans(engine)
     steps: list[Any] = [plans.decode_rows(1, CONTEXT)]
     for _ in sys.stdin:

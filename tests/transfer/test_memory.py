@@ -96,6 +96,17 @@ def test_a_child_maps_it_by_its_descriptor(make: Maker) -> None:
     memory.close()
 
 
+@pytest.mark.skipif(not Path("/", TRANSPARENT).is_dir(), reason="this kernel has no transparent huge pages")
+@pytest.mark.parametrize(("make", "asked"), [(ordinary, False), (advised, True)])
+def test_rank_and_transfer_process_ask_alike(make: Maker, asked: bool) -> None:
+    """Whoever touches a page first decides what it is."""
+    memory = make(SIZE)
+    other = PoolMemory.attach(os.dup(memory.fd), memory.size_bytes, memory.pages)
+    for each in (memory, other):
+        assert ("hg" in _smaps(each.view)["VmFlags:"].split()) == asked
+        each.close()
+
+
 def test_a_file_that_is_too_short_is_refused() -> None:
     fd = _shared(4096)
     with pytest.raises(ValueError, match="a pool of 4097 bytes in a file of 4096"):
@@ -109,7 +120,7 @@ def test_huge_pages_are_taken_at_once_and_given_back() -> None:
     assert (memory.pages, os.fstat(memory.fd).st_size) == ("huge", 4 * HUGE_PAGE_BYTES)
     assert free_huge_pages() == before - 4
     view = memory.view
-    assert _kernel_page_kb(view) == 2048
+    assert _smaps(view)["KernelPageSize:"] == "2048 kB"
     assert free_huge_pages() == before - 4, "looking at them takes no more"
     memory.close()
     del view, memory
@@ -126,7 +137,9 @@ def test_more_huge_pages_than_there_are_is_an_error_not_a_signal() -> None:
     assert free_huge_pages() == before
 
 
-def _kernel_page_kb(view: memoryview) -> int:
+def _smaps(view: memoryview) -> dict[str, str]:
+    """What the kernel says of the mapping that a view is of."""
+    found: dict[str, str] = {}
     address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -134,9 +147,9 @@ def _kernel_page_kb(view: memoryview) -> int:
         if "-" in head and not head.endswith(":"):
             low, high = (int(bound, 16) for bound in head.split("-"))
             inside = low <= address < high
-        elif inside and head == "KernelPageSize:":
-            return int(rest.split()[0])
-    raise AssertionError("no such mapping")
+        elif inside:
+            found[head] = rest.strip()
+    return found
 
 
 # ---- what is chosen ------------------------------------------------------------------------------------------------

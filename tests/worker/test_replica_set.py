@@ -179,6 +179,7 @@ def test_pages_are_summed_and_bounds_are_those_of_each() -> None:
     assert [endpoint.transport for endpoint in merged.endpoints] == ["tcp"], "what every replica has"
     assert (merged.transport_notes, merged.data_size, merged.startup_seconds) == (("a", "b"), 3, 4.0)
     assert merge_ready([one]) == one
+    assert merge_ready([one, replace(one, pool_pages="huge")]).pool_pages == "mixed", "no reason to end"
     for name, value in (("fingerprint", "g"), ("num_pages", 255), ("numerics", "n"), ("operators", "x")):
         with pytest.raises(TandemError, match=f"replica 1 is not like replica 0: {name}"):
             merge_ready([one, replace(one, **{name: value})])

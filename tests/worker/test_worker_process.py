@@ -64,7 +64,10 @@ def ends(*words: str) -> tuple[int, str]:
 
 
 def test_a_unified_worker_from_start_to_end(programs: list[Program], tmp_path: Path) -> None:
-    worker = start(programs, tmp_path, "unified", "--server.metrics-port", "0")
+    worker = start(programs, tmp_path, "unified", "--server.metrics-port", "0", "--cache.huge-pages", "off")
+    assert any(
+        series.startswith("tandem_worker_info{") and 'pool_pages="ordinary"' in series for series in worker.metrics()
+    )
     assert worker.ready["loop"] == "overlap" and worker.ready["program"] == "unified"
     assert worker.ready["max_total_num_tokens"] == worker.ready["num_pages"] * worker.ready["page_tokens"]
     assert worker.ready["max_req_input_len"] == 2047
@@ -163,6 +166,8 @@ def test_what_cannot_be_served_is_a_configuration_error(tmp_path: Path) -> None:
     assert code == 2 and "nothing" in error
     code, error = ends("prefill", *SMALL, "--transport", "mooncake-rdma")
     assert code == 2 and "trusted_network" in error
+    code, error = ends("unified", "--cache.pool-bytes", str(1 << 40), "--cache.huge-pages", "require")
+    assert code == 2 and "cache.huge_pages: the KV pool needs 524288 huge pages of 2 MB" in error
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
