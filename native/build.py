@@ -40,6 +40,7 @@ _FLAGS = {
     "experts.cpp": (),
     "interface.cpp": (),
     "layers.cpp": (),
+    "measures.cpp": (),
     "plan.cpp": (),
     "pool.cpp": (),
     "processor.cpp": (),

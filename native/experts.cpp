@@ -250,19 +250,19 @@ void add_experts(Program& program, Runtime& runtime, const Experts& experts, std
     const auto run = std::make_shared<ExpertsRun>(runtime, experts, rows, inputs, outputs, add_to_outputs);
     const auto over_rows = [&](std::int64_t row_elements, void (ExpertsRun::*work)(std::int64_t, int)) {
         const std::int64_t each = rows_per_task(rows, row_elements, runtime.pool.threads());
-        program.push_back({ceil_div(rows, each), [run, rows, each, work](std::int64_t task, int thread) {
+        program.push_back({Kind::kExperts, ceil_div(rows, each), [run, rows, each, work](std::int64_t task, int thread) {
                                const std::int64_t last = std::min(rows, (task + 1) * each);
                                for (std::int64_t row = task * each; row < last; ++row) (*run.*work)(row, thread);
                            }});
     };
     add_linear(program, runtime, experts.router, rows, inputs, run->logits(), false);
     over_rows(64 * experts.router.shape.outputs, &ExpertsRun::route);
-    program.push_back({1, [run](std::int64_t, int) { run->group(); }});
+    program.push_back({Kind::kExperts, 1, [run](std::int64_t, int) { run->group(); }});
     for (int stage = 0; stage < 2; ++stage) {
-        program.push_back({run->strips_max(), [run, stage](std::int64_t number, int thread) {
+        program.push_back({Kind::kExperts, run->strips_max(), [run, stage](std::int64_t number, int thread) {
                                run->strip(stage, number, thread);
                            }});
-        program.push_back({run->tasks_max(stage), [run, stage](std::int64_t number, int thread) {
+        program.push_back({Kind::kExperts, run->tasks_max(stage), [run, stage](std::int64_t number, int thread) {
                                run->multiply(stage, number, thread);
                            }});
     }

@@ -1,5 +1,4 @@
 // The plain C interface: pointers, sizes, strides. Callers vouch for shapes; nothing here throws.
-#include <chrono>
 #include <new>
 
 #include "layers.hpp"
@@ -8,10 +7,6 @@
 namespace {
 
 using namespace tandem;
-
-double seconds_since(std::chrono::steady_clock::time_point began) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
-}
 
 template <class Work>
 int guarded(Work work) {
@@ -30,7 +25,7 @@ extern "C" {
 #define TANDEM_EXPORT __attribute__((visibility("default")))
 
 // Raised with every change of this interface.
-TANDEM_EXPORT std::int32_t tandem_interface_version() { return 4; }
+TANDEM_EXPORT std::int32_t tandem_interface_version() { return 5; }
 
 // Whether this CPU runs the kernels of that name.
 TANDEM_EXPORT std::int32_t tandem_supports(const char* kernels) {
@@ -78,7 +73,7 @@ static int over_panels(Runtime* runtime, const TandemLinear* linear, const void*
                        void (*kernel)(const PackTask&, std::int64_t)) {
     return guarded([&] {
         const PackTask task{packed_linear(*linear).shape, parts, part_rows, num_parts, linear->packed};
-        runtime->pool.run({{task.shape.panels, [&](std::int64_t panel, int) { kernel(task, panel); }}});
+        runtime->pool.run({{Kind::kOther, task.shape.panels, [&](std::int64_t panel, int) { kernel(task, panel); }}});
     });
 }
 
@@ -93,13 +88,15 @@ TANDEM_EXPORT std::int32_t tandem_unpack(Runtime* runtime, const TandemLinear* l
     return over_panels(runtime, linear, parts, part_rows, num_parts, runtime->kernels.unpack);
 }
 
+// `head`: its outputs are logits, which only profiles tell apart.
 TANDEM_EXPORT std::int32_t tandem_linear(Runtime* runtime, const TandemLinear* linear, std::int64_t rows,
                                          float* inputs, std::int64_t input_stride, float* outputs,
-                                         std::int64_t output_stride, std::int32_t add_to_outputs) {
+                                         std::int64_t output_stride, std::int32_t add_to_outputs, std::int32_t head) {
     return guarded([&] {
         Program program;
         add_linear(program, *runtime, packed_linear(*linear), rows, {inputs, input_stride}, {outputs, output_stride},
                    add_to_outputs != 0);
+        if (head != 0 && !program.empty()) program.back().kind = Kind::kHead;
         runtime->pool.run(program);
     });
 }
@@ -264,33 +261,6 @@ TANDEM_EXPORT std::int32_t tandem_layers(Plan* plan, const TandemLayer* layers, 
         }
         residual == nullptr ? stack.reserve() : stack.run();
     });
-}
-
-// Bytes a second that all threads read together from `memory`, once over it.
-TANDEM_EXPORT double tandem_read_rate(Runtime* runtime, const void* memory, std::int64_t bytes) {
-    const std::int64_t piece = 1 << 18;  // floats
-    const std::int64_t pieces = bytes / 4 / piece;
-    std::vector<double> kept(static_cast<std::size_t>(runtime->pool.threads() * 16));
-    const auto began = std::chrono::steady_clock::now();
-    runtime->pool.run({{pieces, [&](std::int64_t task, int thread) {
-                            kept[static_cast<std::size_t>(thread * 16)] +=
-                                runtime->kernels.read(static_cast<const float*>(memory) + task * piece, piece);
-                        }}});
-    return static_cast<double>(pieces * piece * 4) / seconds_since(began);
-}
-
-// Floating-point operations a second of all threads in registers; `pairs`: by bf16 dot products.
-TANDEM_EXPORT double tandem_multiply_rate(Runtime* runtime, std::int64_t rounds, std::int32_t pairs) {
-    const std::int64_t tasks = runtime->pool.threads() * 8;
-    std::vector<double> flops(static_cast<std::size_t>(tasks));
-    const auto began = std::chrono::steady_clock::now();
-    runtime->pool.run({{tasks, [&](std::int64_t task, int) {
-                            flops[static_cast<std::size_t>(task)] = runtime->kernels.multiply(rounds, pairs != 0);
-                        }}});
-    const double seconds = seconds_since(began);
-    double total = 0.0;
-    for (const double part : flops) total += part;
-    return total / seconds;
 }
 
 }  // extern "C"

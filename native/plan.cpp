@@ -36,7 +36,7 @@ void Plan::compute_angles(const float* frequencies, float attention_factor, cons
     sine_.resize(cosine_.size());
     const std::int64_t rows_each = rows_per_task(tokens_, 64 * half, runtime_.pool.threads());
     // Sine and cosine in double: rounded to float they are the same whichever mathematics library computes them.
-    const Program program = {{ceil_div(tokens_, rows_each), [&](std::int64_t task, int) {
+    const Program program = {{Kind::kRopeAndStore, ceil_div(tokens_, rows_each), [&](std::int64_t task, int) {
         const std::int64_t last = std::min(tokens_, (task + 1) * rows_each);
         for (std::int64_t row = task * rows_each; row < last; ++row) {
             for (std::int64_t i = 0; i < half; ++i) {
@@ -72,7 +72,8 @@ void Plan::add_rope_and_store(Program& program, std::int64_t layer, Matrix qkv, 
     const std::int64_t elements = (heads_.num_heads + 2 * heads_.num_kv_heads) * heads_.head_dim;
     task.rows_per_task = rows_per_task(tokens_, 2 * elements, runtime_.pool.threads());
     runtime_.need_scratch(2 * heads_.head_dim);
-    program.push_back({ceil_div(tokens_, task.rows_per_task), [task, this](std::int64_t number, int thread) {
+    program.push_back({Kind::kRopeAndStore, ceil_div(tokens_, task.rows_per_task),
+                       [task, this](std::int64_t number, int thread) {
                            runtime_.kernels.rope_and_store(task, number, runtime_.scratch(thread));
                        }});
 }
@@ -162,14 +163,15 @@ void Plan::add_attend(Program& program, std::int64_t layer, std::int64_t window,
     task.threads = runtime_.pool.threads();
     runtime_.partials.reserve(cut.partial_floats * 4);
     runtime_.need_scratch(attend_scratch(cut.rows_max, heads_.head_dim));
-    program.push_back({task.num_items, [task, this](std::int64_t number, int thread) {
+    program.push_back({Kind::kAttention, task.num_items, [task, this](std::int64_t number, int thread) {
                            AttendTask own = task;
                            own.partials = runtime_.partials.floats();
                            runtime_.kernels.attend(own, number, runtime_.scratch(thread));
                        }});
     if (cut.merges.empty()) return;
     const MergeTask merge{heads_, pool_.element, cut.merges.data(), nullptr, outputs};
-    program.push_back({static_cast<std::int64_t>(cut.merges.size()), [merge, this](std::int64_t number, int thread) {
+    program.push_back({Kind::kMerge, static_cast<std::int64_t>(cut.merges.size()),
+                       [merge, this](std::int64_t number, int thread) {
                            MergeTask own = merge;
                            own.partials = runtime_.partials.floats();
                            runtime_.kernels.merge(own, number, runtime_.scratch(thread));

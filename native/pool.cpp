@@ -5,7 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <chrono>
+#include <algorithm>
 #include <climits>
 
 namespace tandem {
@@ -52,12 +52,7 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(const std::vector<Phase>& phases) {
     bool shared = false;
     for (const Phase& phase : phases) shared = shared || phase.tasks > 1;
-    if (!shared || workers_.empty()) {
-        for (const Phase& phase : phases) {
-            for (std::int64_t task = 0; task < phase.tasks; ++task) phase.run(task, 0);
-        }
-        return;
-    }
+    if (!shared || workers_.empty()) return run_alone(phases);
     if (progress_size_ < phases.size()) {
         progress_size_ = phases.size() * 2;
         progress_ = std::make_unique<Progress[]>(progress_size_);
@@ -65,32 +60,48 @@ void ThreadPool::run(const std::vector<Phase>& phases) {
     for (std::size_t i = 0; i < phases.size(); ++i) {
         progress_[i].next.store(0, std::memory_order_relaxed);
         progress_[i].done.store(0, std::memory_order_relaxed);
+        progress_[i].busy.store(0, std::memory_order_relaxed);
     }
     phases_ = &phases;
+    const Clock::time_point began = profiling_ ? Clock::now() : Clock::time_point();
     ticket_.fetch_add(1);
     if (sleeping_.load() > 0) wake_all(ticket_);
     work(0);
     ticket_.fetch_add(1);
     wait_until([this] { return joined_.load() == 0; });
+    if (profiling_) add_to_profile(began);
+}
+
+void ThreadPool::run_alone(const std::vector<Phase>& phases) {
+    for (const Phase& phase : phases) {
+        const Clock::time_point began = profiling_ ? Clock::now() : Clock::time_point();
+        for (std::int64_t task = 0; task < phase.tasks; ++task) phase.run(task, 0);
+        if (!profiling_) continue;
+        const Clock::duration whole = Clock::now() - began;
+        add(phase.kind, whole, whole);
+    }
 }
 
 void ThreadPool::work(int thread) {
     const std::vector<Phase>& phases = *phases_;
+    const bool timed = profiling_;
     for (std::size_t i = 0; i < phases.size(); ++i) {
         Progress& progress = progress_[i];
         const std::int64_t tasks = phases[i].tasks;
+        const Clock::time_point began = timed ? Clock::now() : Clock::time_point();
         for (;;) {
             const std::int64_t task = progress.next.fetch_add(1, std::memory_order_relaxed);
             if (task >= tasks) break;
             phases[i].run(task, thread);
-            progress.done.fetch_add(1, std::memory_order_release);
+            const bool last = progress.done.fetch_add(1, std::memory_order_release) + 1 == tasks;
+            if (timed && last) progress.ended = Clock::now();
         }
+        if (timed) progress.busy.fetch_add((Clock::now() - began).count(), std::memory_order_relaxed);
         wait_until([&] { return progress.done.load(std::memory_order_acquire) == tasks; });
     }
 }
 
 void ThreadPool::serve(int thread) {
-    using Clock = std::chrono::steady_clock;
     std::uint32_t served = 0;
     Clock::time_point idle_since = Clock::now();
     for (int pauses = 0; !stopping_;) {
@@ -113,6 +124,31 @@ void ThreadPool::serve(int thread) {
         sleeping_.fetch_sub(1);
         idle_since = Clock::now();
     }
+}
+
+// Nobody else is in the program any more.
+void ThreadPool::add_to_profile(Clock::time_point began) {
+    for (std::size_t i = 0; i < phases_->size(); ++i) {
+        const Phase& phase = (*phases_)[i];
+        // Who did the last task may lose the CPU before it notes the time; a phase without tasks notes none.
+        const Clock::time_point ended = phase.tasks > 0 ? std::max(began, progress_[i].ended) : began;
+        add(phase.kind, ended - began, Clock::duration(progress_[i].busy.load(std::memory_order_relaxed)));
+        began = ended;
+    }
+}
+
+void ThreadPool::add(Kind kind, Clock::duration whole, Clock::duration busy) {
+    const auto seconds = [](Clock::duration duration) { return std::chrono::duration<double>(duration).count(); };
+    KindTime& time = profile_[static_cast<std::size_t>(kind)];
+    const double waited = seconds(whole) - seconds(busy) / threads();
+    time.seconds += seconds(whole);
+    time.waited += std::max(0.0, waited);
+}
+
+Profile ThreadPool::take_profile() {
+    const Profile taken = profile_;
+    profile_ = {};
+    return taken;
 }
 
 }  // namespace tandem

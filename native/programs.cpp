@@ -97,7 +97,7 @@ void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, 
     if (!as_it_lies) {
         runtime.strips.reserve(strip_bytes(runtime, shape, rows));
         const StripTask task = strip_task(runtime, shape, rows, inputs);
-        program.push_back({task.strips, [task, &runtime](std::int64_t number, int) {
+        program.push_back({Kind::kStrips, task.strips, [task, &runtime](std::int64_t number, int) {
                                StripTask own = task;
                                own.packed = runtime.strips.floats();
                                runtime.kernels.strip(own, number);
@@ -106,7 +106,7 @@ void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, 
     LinearTask task = linear_task(runtime, linear, rows, outputs, add_to_outputs);
     task.panels_per_task = panels_per_task(runtime, shape, blocks_of(runtime, shape, task.strips));
     need_linear_scratch(runtime, rows);
-    program.push_back({linear_tasks(task), [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
+    program.push_back({Kind::kLinear, linear_tasks(task), [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
                            LinearTask own = task;
                            own.strips_packed = as_it_lies ? inputs.data : runtime.strips.floats();
                            runtime.kernels.linear(own, number, runtime.scratch(thread));
@@ -116,21 +116,21 @@ void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, 
 void add_rms_norm(Program& program, Runtime& runtime, NormTask task) {
     if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, task.width, runtime.pool.threads());
-    program.push_back({ceil_div(task.rows, task.rows_per_task),
+    program.push_back({Kind::kNorm, ceil_div(task.rows, task.rows_per_task),
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.rms_norm(task, number); }});
 }
 
 void add_gate(Program& program, Runtime& runtime, GateTask task) {
     if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, 8 * task.width, runtime.pool.threads());
-    program.push_back({ceil_div(task.rows, task.rows_per_task),
+    program.push_back({Kind::kOther, ceil_div(task.rows, task.rows_per_task),
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.gate(task, number); }});
 }
 
 void add_embedding(Program& program, Runtime& runtime, EmbeddingTask task) {
     if (task.rows == 0) return;
     task.rows_per_task = rows_per_task(task.rows, 4 * task.width, runtime.pool.threads());
-    program.push_back({ceil_div(task.rows, task.rows_per_task),
+    program.push_back({Kind::kEmbedding, ceil_div(task.rows, task.rows_per_task),
                        [task, &runtime](std::int64_t number, int) { runtime.kernels.embedding(task, number); }});
 }
 

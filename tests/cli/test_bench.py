@@ -14,6 +14,7 @@ import pytest
 from tandem.cli import bench
 from tandem.cli.bench_shapes import SHAPES
 from tandem.cli.main import main
+from tandem.config import CacheConfig
 from tandem.engine.models.spec import parse_spec
 from tandem.engine.models.tensors import expected_tensors
 
@@ -54,7 +55,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, dict[str, Any
 
 
 def test_the_engine_benchmark_is_told_its_combinations(asked: list[tuple[str, str, dict[str, Any]]]) -> None:
-    words = ["bench", "engine", "--model", "m", "--ops", "reference", "--batches", "1,4", "--contexts", "64"]
+    words = [
+        "bench",
+        "engine",
+        "--model",
+        "m",
+        "--ops",
+        "reference",
+        "--batches",
+        "1,4",
+        "--contexts",
+        "64",
+        "--profile",
+    ]
     assert main(words) == 0
     ((program, kind, request),) = asked
     assert (program, kind) == ("tandem.engine.bench_main", "engine")
@@ -64,6 +77,7 @@ def test_the_engine_benchmark_is_told_its_combinations(asked: list[tuple[str, st
         [1, 4],
         [64],
     )
+    assert request["profile"] and request["page_tokens"] == CacheConfig().page_tokens
 
 
 @pytest.mark.parametrize(
@@ -73,6 +87,7 @@ def test_the_engine_benchmark_is_told_its_combinations(asked: list[tuple[str, st
         ["engine", "--contexts", ","],
         ["engine", "--contexts", "0"],
         ["engine", "--cell-seconds", "0"],
+        ["engine", "--page-tokens", "1025"],
         ["loops", "--rounds", "0"],
         ["loops", "--threads", "-1"],
         ["loops", "--roles", "prefil"],

@@ -15,12 +15,26 @@ from tandem.core.messages.plans import Row, Sample
 from tandem.core.messages.sampling import SamplingParams
 from tandem.engine import bench_limits
 from tandem.engine.bench_engine import Cell, EngineBenchRequest, EngineReport, bench_engine
-from tandem.engine.bench_limits import Probes, Rates, Work, describe_machine, work_of
+from tandem.engine.bench_limits import (
+    ATTENTION,
+    EXPERTS,
+    HEAD,
+    LINEAR,
+    Probes,
+    Rates,
+    Work,
+    describe_machine,
+    part_works,
+    work_of,
+)
 from tandem.engine.bench_model import MakeModelRequest, make_model
 from tandem.engine.bench_plans import TimedPlans
-from tandem.engine.bench_table import lines_of
+from tandem.engine.bench_profile import OUTSIDE, step_profile
+from tandem.engine.bench_table import lines_of, write_report
 from tandem.engine.models.spec import parse_spec
-from tandem.engine.native.library import NativeUnavailable
+from tandem.engine.native.library import PROFILE_KINDS, NativeUnavailable
+from tandem.engine.ops.contract import KindTime
+from tandem.engine.ops.cpu import CpuOperators
 from tandem.errors import ConfigError
 from tests.engine.conftest import EngineStarter
 
@@ -121,9 +135,29 @@ def test_a_window_hides_keys() -> None:
 
 
 def test_the_floor_is_what_takes_longer() -> None:
-    rates = Rates(read=10.0, multiply=100.0)
+    rates = Rates(read=10.0, multiply=100.0, attend=50.0)
     assert rates.floor_seconds(Work(20.0, 100.0)) == 2.0 and rates.bound(Work(20.0, 100.0)) == "memory"
     assert rates.floor_seconds(Work(20.0, 500.0)) == 5.0 and rates.bound(Work(20.0, 500.0)) == "compute"
+
+
+def test_each_part_has_a_floor_of_its_own() -> None:
+    rates = Rates(read=10.0, multiply=100.0, attend=50.0)
+    parts = {LINEAR: Work(20.0, 100.0), HEAD: Work(0.0, 0.0), EXPERTS: Work(1.0, 300.0), ATTENTION: Work(20.0, 300.0)}
+    assert rates.part_floors(parts) == {LINEAR: 2.0, HEAD: 0.0, EXPERTS: 3.0, ATTENTION: 6.0}
+    assert parts.keys() <= set(PROFILE_KINDS), "or a profile would not show them"
+
+
+@pytest.mark.parametrize("shape", ["tiny-qwen2", "tiny-mixtral"])
+def test_parts_are_all_of_the_work(shape: str) -> None:
+    spec = parse_spec(SHAPES[shape], {})
+    rows = [row(9, 1), row(2, 3, sampled=False)]
+    parts = part_works(spec, rows, 2)
+    assert Work(sum(w.num_bytes for w in parts.values()), sum(w.flops for w in parts.values())) == work_of(
+        spec, rows, 2
+    )
+    assert parts[HEAD].num_bytes == 2 * spec.vocab_size * spec.hidden_size
+    assert bool(parts[EXPERTS].flops) == (spec.experts is not None)
+    assert part_works(spec, rows[1:], 2)[HEAD] == Work(0.0, 0.0)
 
 
 @pytest.fixture
@@ -158,6 +192,7 @@ def test_the_engine_is_measured_and_what_cannot_be_is_named(tmp_path: Path) -> N
         num_threads=1,
         pool_bytes=64 * 16 * 512,  # 64 pages of 16 tokens
         cell_seconds=0.5,
+        profile=True,
     )
     report = bench_engine(request, lambda text: None)
     assert report.model == "model" and report.operators == "reference" and report.limits_from
@@ -166,13 +201,14 @@ def test_the_engine_is_measured_and_what_cannot_be_is_named(tmp_path: Path) -> N
     for cell in (*report.prefill, *report.decode):
         assert cell.seconds > 0 and cell.ratio_to_floor > 0
         assert cell.tokens_per_second == pytest.approx(cell.num_tokens / cell.seconds)
-    assert len(report.skipped) == 3
-    assert "the pool has" in report.skipped[0] and "the model's context is 2048" in report.skipped[1]
+        assert cell.ratio_to_parts_floor > 0 and cell.profile is None
+    assert len(report.skipped) == 4 and "operators reference cannot tell" in report.skipped[0]
+    assert "the pool has" in report.skipped[1] and "the model's context is 2048" in report.skipped[2]
     assert str(tmp_path) not in "\n".join(lines_of(report))
 
 
 def test_what_would_take_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Probes, "measure", lambda probes: Rates(1.0, 1.0))
+    monkeypatch.setattr(Probes, "measure", lambda probes: Rates(1.0, 1.0, 1.0))
     request = EngineBenchRequest(
         model=str(made(tmp_path / "model")),
         ops="reference",
@@ -186,7 +222,41 @@ def test_what_would_take_too_long_is_left_out(tmp_path: Path, monkeypatch: pytes
     assert all("more than 20 s" in text for text in report.skipped)
 
 
+@pytest.mark.usefixtures("quick_probes")
+def test_a_profile_says_where_the_time_of_each_cell_goes(tmp_path: Path) -> None:
+    try:
+        CpuOperators()
+    except NativeUnavailable as reason:
+        pytest.skip(str(reason))
+    request = EngineBenchRequest(
+        model=str(made(tmp_path / "model", "tiny-mixtral")),
+        batches=(2,),
+        contexts=(600,),
+        prompt_tokens=16,
+        num_threads=2,
+        page_tokens=32,
+        cell_seconds=0.5,
+        profile=True,
+        json_path=str(tmp_path / "report.json"),
+    )
+    report = bench_engine(request, lambda text: None)
+    assert report.page_tokens == 32 and not report.skipped
+    for cell in (*report.prefill, *report.decode):
+        assert cell.profile is not None and cell.profile.repetitions > 0
+        times = {part.kind: part for part in cell.profile.parts}
+        assert times.keys() | {"merge"} == {*PROFILE_KINDS, OUTSIDE} - {"other"}
+        assert ("merge" in times) == (cell in report.decode), "only long contexts are cut into parts"
+        assert sum(part.seconds for part in times.values()) == pytest.approx(cell.profile.seconds)
+        assert sum(part.share for part in times.values()) == pytest.approx(1.0)
+        floors = [part.floor_seconds for part in times.values() if part.floor_seconds is not None]
+        assert len(floors) == 4 and all(floor > 0 for floor in floors)
+    write_report(report, request.json_path)
+    written = json.loads(Path(request.json_path).read_text())
+    assert written["decode"][0]["profile"]["parts"][-1]["kind"] == OUTSIDE
+
+
 def test_the_table_has_a_line_for_each_cell() -> None:
+    kinds = (KindTime(LINEAR, 1.5, 0.25), KindTime("norm", 0.1, 0.0), KindTime(EXPERTS, 0.0, 0.0))
     cell = Cell(
         batch=4,
         context=0,
@@ -195,8 +265,11 @@ def test_the_table_has_a_line_for_each_cell() -> None:
         tokens_per_second=2048.0,
         floor_seconds=1.6,
         ratio_to_floor=1.25,
+        parts_floor_seconds=1.7,
+        ratio_to_parts_floor=1.18,
         bound="compute",
         repetitions=3,
+        profile=step_profile(2.0, kinds, {LINEAR: 1.25, EXPERTS: 0.0}, 1),
     )
     report = EngineReport(
         model="m",
@@ -209,13 +282,21 @@ def test_the_table_has_a_line_for_each_cell() -> None:
         read_bytes_per_second=2e10,
         matrix_rates={"torch float32": 1e11},
         weight_bytes=1 << 30,
+        page_tokens=16,
         prefill=(cell,),
         decode=(),
         skipped=(),
     )
     lines = list(lines_of(report))
-    (line,) = [line for line in lines if line.startswith("prefill 4 x 1024")]
-    assert line.split()[4:] == ["2000.0", "2048", "1600.0", "compute", "1.25"]
+    line, profiled = [line for line in lines if line.startswith("prefill 4 x 1024")]
+    assert line.split()[4:] == ["2000.0", "2048", "1600.0", "compute", "1.25", "1700.0", "1.18"]
+    assert profiled.split()[4:] == ["2000.00"]
+    parts = [line.split() for line in lines[lines.index(profiled) + 1 : -2]]
+    assert parts == [
+        ["linear", "1500.00", "75.0%", "250.00", "1250.00", "1.20"],
+        ["norm", "100.00", "5.0%", "0.00"],
+        ["outside", "400.00", "20.0%", "0.00"],
+    ]
 
 
 def test_a_machine_is_described_by_its_cpuinfo(tmp_path: Path) -> None:

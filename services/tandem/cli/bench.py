@@ -12,11 +12,12 @@ import sys
 from typing import Any, get_args
 
 from tandem.cli.bench_shapes import SHAPES
-from tandem.config import OperatorChoice, Role
+from tandem.config import CacheConfig, OperatorChoice, Role
 from tandem.errors import ConfigError
 
 _ENGINE_PROGRAM, _LOOPS_PROGRAM = "tandem.engine.bench_main", "tandem.worker.bench_loops"
 _COUNT_MAX = 1 << 24
+_MOST = {"pool_bytes": 1 << 44, "page_tokens": CacheConfig.__dataclass_fields__["page_tokens"].metadata["high"]}
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,7 +46,14 @@ def _add_engine(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     engine.add_argument("--contexts", default="512,8192,32768", metavar="N,N", help="(default 512,8192,32768)")
     engine.add_argument("--prompt-tokens", type=int, default=1024, help="length of prefill's prompts (default 1024)")
     engine.add_argument("--pool-bytes", type=int, default=0, help="KV pool (default: what is needed, if it is there)")
+    engine.add_argument(
+        "--page-tokens",
+        type=int,
+        default=CacheConfig().page_tokens,
+        help=f"tokens in a page of it (default {CacheConfig().page_tokens})",
+    )
     engine.add_argument("--cell-seconds", type=float, default=20.0, help="bound of one combination (default 20)")
+    engine.add_argument("--profile", action="store_true", help="some more steps that say where the time goes")
     engine.add_argument("--json", default="", metavar="FILE", help="write the result there as well")
     engine.set_defaults(run=_run_engine)
 
@@ -89,14 +97,16 @@ def _run_make_model(arguments: argparse.Namespace) -> int:
 
 def _run_engine(arguments: argparse.Namespace) -> int:
     _check_counts(arguments, least=0, names=("threads", "pool_bytes"))
-    _check_counts(arguments, least=1, names=("prompt_tokens", "cell_seconds"))
+    _check_counts(arguments, least=1, names=("prompt_tokens", "page_tokens", "cell_seconds"))
     request = {
         **_model_of(arguments),
         "batches": _numbers(arguments.batches, "--batches"),
         "contexts": _numbers(arguments.contexts, "--contexts"),
         "prompt_tokens": arguments.prompt_tokens,
         "pool_bytes": arguments.pool_bytes,
+        "page_tokens": arguments.page_tokens,
         "cell_seconds": arguments.cell_seconds,
+        "profile": arguments.profile,
     }
     return _run(_ENGINE_PROGRAM, "engine", request)
 
@@ -123,7 +133,7 @@ def _model_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check_counts(arguments: argparse.Namespace, *, least: int, names: tuple[str, ...]) -> None:
     for name in names:
-        most = _COUNT_MAX if name != "pool_bytes" else 1 << 44
+        most = _MOST.get(name, _COUNT_MAX)
         if not least <= getattr(arguments, name) <= most:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} is not in [{least}, {most}]")
 

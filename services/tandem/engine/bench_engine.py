@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tandem.config import CacheConfig, Config, ModelConfig, OperatorChoice, SchedulerConfig
 from tandem.core.messages.plans import Row
-from tandem.engine.bench_limits import Machine, Probes, Work, describe_machine, work_of
+from tandem.engine.bench_limits import Machine, Probes, Rates, Work, describe_machine, part_works, work_of
 from tandem.engine.bench_plans import PROMPT_TOKENS, TimedPlans, pages_needed
+from tandem.engine.bench_profile import StepProfile, StepProfiler
 from tandem.engine.host import available_memory_bytes, usable_cpus
 from tandem.engine.location import locate_checkpoint
 from tandem.engine.models.spec import DecoderSpec, read_spec
@@ -28,12 +29,16 @@ PREFILL_BATCHES = (1, 4)
 _REPETITIONS_MAX = 9
 _STEPS_SECONDS = 0.25  # of decode steps between two probes
 _STEPS_MAX = 16
+_PROFILE_SHARE = 0.25  # of a combination's time, in addition to it
 _CPU_MEMORY_SHARE = 0.5  # of what the weights leave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBenchRequest:
-    """`cell_seconds` bounds one combination; `pool_bytes` 0: what the combinations need, if there is the memory."""
+    """`cell_seconds` bounds one combination; `pool_bytes` 0: what the combinations need, if there is the memory.
+
+    `profile`: run each combination some more times to see where its time goes.
+    """
 
     model: str
     ops: OperatorChoice = "auto"
@@ -42,13 +47,19 @@ class EngineBenchRequest:
     prompt_tokens: int = PROMPT_TOKENS
     num_threads: int = 0
     pool_bytes: int = 0
+    page_tokens: int = CacheConfig().page_tokens
     cell_seconds: float = 20.0
+    profile: bool = False
     json_path: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One combination. Medians; `ratio_to_floor` is the median of ratios to the floor probed beside each time."""
+    """One combination. Medians; `ratio_to_floor` is the median of ratios to the floor probed beside each time.
+
+    `parts_floor_seconds` is the sum of the floors of linears, output head, experts and attention. They run one after
+    another, so a step can reach this, and the floor only where all parts have the same bound.
+    """
 
     batch: int
     context: int
@@ -57,8 +68,11 @@ class Cell:
     tokens_per_second: float
     floor_seconds: float
     ratio_to_floor: float
+    parts_floor_seconds: float
+    ratio_to_parts_floor: float
     bound: str
     repetitions: int
+    profile: StepProfile | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +89,7 @@ class EngineReport:
     read_bytes_per_second: float
     matrix_rates: dict[str, float]
     weight_bytes: int
+    page_tokens: int
     prefill: tuple[Cell, ...]
     decode: tuple[Cell, ...]
     skipped: tuple[str, ...]
@@ -86,10 +101,10 @@ def bench_engine(request: EngineBenchRequest, progress: Callable[[str], None]) -
     model = ModelConfig(path=request.model, ops=request.ops, threads=num_threads, device="cpu")
     folder = locate_checkpoint(model, progress).folder
     spec = read_spec(folder)
-    page_tokens = CacheConfig().page_tokens
+    pool_bytes = request.pool_bytes or _pool_bytes(request, spec)
     config = Config(
         model=model,
-        cache=CacheConfig(pool_bytes=request.pool_bytes or _pool_bytes(request, spec, page_tokens)),
+        cache=CacheConfig(pool_bytes=pool_bytes, page_tokens=request.page_tokens),
         scheduler=SchedulerConfig(max_running_requests=max(*request.batches, *PREFILL_BATCHES)),
     )
     engine = start_engine(config, progress)
@@ -99,8 +114,9 @@ def bench_engine(request: EngineBenchRequest, progress: Callable[[str], None]) -
         engine.device.close()
 
 
-def _pool_bytes(request: EngineBenchRequest, spec: DecoderSpec, page_tokens: int) -> int:
+def _pool_bytes(request: EngineBenchRequest, spec: DecoderSpec) -> int:
     """What the largest combination needs, as far as the memory goes."""
+    page_tokens = request.page_tokens
     itemsize = DTYPE_BYTES["float32" if spec.dtype == "float32" else "bfloat16"]
     page_bytes = itemsize * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * page_tokens
     combinations = [(batch, context) for batch in request.batches for context in request.contexts]
@@ -118,7 +134,13 @@ def _measure(
     layout, spec = engine.layout, engine.spec
     probes = Probes(engine.operators, layout.dtype, num_threads)
     progress(f"filling {layout.pool_bytes / 1e9:.2f} GB of KV pool")
-    cells = _Cells(engine, TimedPlans(engine), probes, request.cell_seconds, progress)
+    plans = TimedPlans(engine)
+    profiler = None
+    if request.profile and engine.profiler is not None:
+        profiler = StepProfiler(engine.profiler, plans, probes, _PROFILE_SHARE * request.cell_seconds)
+    cells = _Cells(engine, plans, probes, profiler, request.cell_seconds, progress)
+    if request.profile and profiler is None:
+        cells.skip("profile", f"operators {engine.operators} cannot tell where their time goes")
     for batch in PREFILL_BATCHES:
         cells.prefill(batch, request.prompt_tokens)
     for context in request.contexts:
@@ -136,6 +158,7 @@ def _measure(
         read_bytes_per_second=statistics.median([*reads, *cells.reads]),
         matrix_rates=probes.matrix_rates(),
         weight_bytes=engine.weight_bytes,
+        page_tokens=layout.page_tokens,
         prefill=tuple(cells.prefills),
         decode=tuple(cells.decodes),
         skipped=tuple(cells.skipped),
@@ -146,11 +169,18 @@ class _Cells:
     """Measures one combination after another, and learns from each how long the next may take."""
 
     def __init__(
-        self, engine: Engine, plans: TimedPlans, probes: Probes, seconds_max: float, progress: Callable[[str], None]
+        self,
+        engine: Engine,
+        plans: TimedPlans,
+        probes: Probes,
+        profiler: StepProfiler | None,
+        seconds_max: float,
+        progress: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._plans = plans
         self._probes = probes
+        self._profiler = profiler
         self._seconds_max = seconds_max
         self._progress = progress
         self.prefills: list[Cell] = []
@@ -175,9 +205,9 @@ class _Cells:
         layout, context_max = self._engine.layout, self._engine.spec.max_context_tokens
         needed = pages_needed(batch, num_tokens, layout.page_tokens)
         if num_tokens > context_max:
-            self._skip(name, f"the model's context is {context_max}")
+            self.skip(name, f"the model's context is {context_max}")
         elif needed > layout.num_pages:
-            self._skip(name, f"{needed * layout.page_bytes / 1e9:.1f} GB of KV, the pool has {_gigabytes(layout)}")
+            self.skip(name, f"{needed * layout.page_bytes / 1e9:.1f} GB of KV, the pool has {_gigabytes(layout)}")
         else:
             return True
         return False
@@ -188,15 +218,16 @@ class _Cells:
         self._progress(name)
         itemsize = DTYPE_BYTES[self._engine.layout.dtype]
         works = [work_of(self._engine.spec, rows, itemsize) for rows in plans]
+        parts = [part_works(self._engine.spec, rows, itemsize) for rows in plans]
         slowest = max((cell.ratio_to_floor for cell in cells), default=1.0)
         rates = self._probes.measure()
         guess = slowest * sum(rates.floor_seconds(work) for work in works)
         if guess > self._seconds_max:
-            self._skip(name, f"would take about {guess:.0f} s, more than {self._seconds_max:g} s")
+            self.skip(name, f"would take about {guess:.0f} s, more than {self._seconds_max:g} s")
             return
         first = self._plans.seconds(plans)  # memory and threads warm up
         steps = max(1, min(steps_max, int(_STEPS_SECONDS / first)))
-        times, floors = self._repeat(plans, works, first, steps)
+        times, floors, part_floors = self._repeat(plans, works, parts, first, steps)
         seconds = statistics.median(times)
         num_tokens = sum(row.num_tokens for rows in plans for row in rows)
         cell = Cell(
@@ -206,32 +237,50 @@ class _Cells:
             seconds=seconds,
             tokens_per_second=num_tokens / seconds,
             floor_seconds=statistics.median(floors),
-            ratio_to_floor=statistics.median(time / floor for time, floor in zip(times, floors, strict=True)),
+            ratio_to_floor=_median_ratio(times, floors),
+            parts_floor_seconds=statistics.median(part_floors),
+            ratio_to_parts_floor=_median_ratio(times, part_floors),
             bound=rates.bound(works[0]),
             repetitions=len(times) * steps,
+            profile=None if self._profiler is None else self._profiler.profile(plans, parts, seconds),
         )
         cells.append(cell)
 
     def _repeat(
-        self, plans: Sequence[Sequence[Row]], works: Sequence[Work], first: float, steps: int
-    ) -> tuple[list[float], list[float]]:
-        """Times of one step, and the floor at the limits probed before and after each."""
+        self,
+        plans: Sequence[Sequence[Row]],
+        works: Sequence[Work],
+        parts: Sequence[dict[str, Work]],
+        first: float,
+        steps: int,
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Times of one step; the floor and the sum of the parts' floors at the limits probed before and after each."""
         times: list[float] = []
         floors: list[float] = []
+        part_floors: list[float] = []
         spent = first
         before = self._probes.measure()
         while len(times) < _REPETITIONS_MAX and (spent + first * steps <= self._seconds_max or not times):
             times.append(statistics.median(self._plans.seconds(plans) for _ in range(steps)))
             after = self._probes.measure()
             floors.append(sum((before.floor_seconds(work) + after.floor_seconds(work)) / 2 for work in works))
+            part_floors.append((_parts_floor(before, parts) + _parts_floor(after, parts)) / 2)
             spent += times[-1] * steps
             self.reads += [after.read]
             before = after
-        return times, floors
+        return times, floors, part_floors
 
-    def _skip(self, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str) -> None:
         self.skipped.append(f"{name}: {reason}")
         self._progress(f"{name}: left out: {reason}")
+
+
+def _parts_floor(rates: Rates, parts: Sequence[dict[str, Work]]) -> float:
+    return sum(sum(rates.part_floors(works).values()) for works in parts)
+
+
+def _median_ratio(times: Sequence[float], floors: Sequence[float]) -> float:
+    return statistics.median(time / floor for time, floor in zip(times, floors, strict=True))
 
 
 def _gigabytes(layout: KvLayout) -> str:

@@ -19,9 +19,11 @@ from tandem.engine.models.tensors import EMBEDDING, expected_tensors
 from tandem.engine.native.library import NativeUnavailable, load_library
 from tandem.engine.ops.cpu import CpuOperators, supported_kernels
 
+LINEAR, HEAD, EXPERTS, ATTENTION = "linear", "output head", "experts", "attention"  # kinds of native/library.py
 _PROBE_BYTES = 1 << 27
 _PROBE_ROUNDS = 60_000
 _TORCH_SIZE = 1024
+_TILE_KERNELS, _DOT_KERNELS = "amx", "avx512bf16"
 _SHOWN_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
 
@@ -35,21 +37,35 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes and operations a second, seen just now."""
+    """Bytes and operations a second, seen just now. `attend`: of the arithmetic that attention uses."""
 
     read: float
     multiply: float
+    attend: float
 
     def floor_seconds(self, work: Work) -> float:
         """The least time that the work takes."""
         return max(work.num_bytes / self.read, work.flops / self.multiply)
+
+    def part_floors(self, parts: dict[str, Work]) -> dict[str, float]:
+        """The least time that each part takes, in seconds. They run one after another: a step takes their sum."""
+        return {
+            kind: max(work.num_bytes / self.read, work.flops / (self.attend if kind == ATTENTION else self.multiply))
+            for kind, work in parts.items()
+        }
 
     def bound(self, work: Work) -> str:
         return "memory" if work.num_bytes / self.read >= work.flops / self.multiply else "compute"
 
 
 def work_of(spec: DecoderSpec, rows: Sequence[Row], bytes_per_element: int) -> Work:
-    """What a plan of these rows needs: every weight and every visible key and value once, every product once.
+    """What a plan of these rows needs: every weight and every visible key and value once, every product once."""
+    parts = part_works(spec, rows, bytes_per_element).values()
+    return Work(sum(part.num_bytes for part in parts), sum(part.flops for part in parts))
+
+
+def part_works(spec: DecoderSpec, rows: Sequence[Row], bytes_per_element: int) -> dict[str, Work]:
+    """`work_of` by part: linears of the layers (norms' weights with them), output head, experts, attention.
 
     Of experts it needs those that are chosen, here as many as tokens with random choices would hit.
     """
@@ -72,11 +88,17 @@ def work_of(spec: DecoderSpec, rows: Sequence[Row], bytes_per_element: int) -> W
             seen += _visible(row, window)
     share = spec.experts.experts_per_token / spec.experts.num_experts if spec.experts else 0.0
     hit = experts * (1.0 - (1.0 - share) ** num_tokens)
-    weights = matrices + hit + (head_elements if num_samples else 0) + other
     kv_elements *= 2 * spec.num_kv_heads * spec.head_dim
-    flops = 2.0 * (matrices + experts * share) * num_tokens + 2.0 * head_elements * num_samples
-    flops += 4.0 * spec.num_heads * spec.head_dim * seen
-    return Work(float((weights + kv_elements) * bytes_per_element), flops)
+
+    def work(elements: float, flops: float) -> Work:
+        return Work(float(elements * bytes_per_element), flops)
+
+    return {
+        LINEAR: work(matrices + other, 2.0 * matrices * num_tokens),
+        HEAD: work(head_elements if num_samples else 0, 2.0 * head_elements * num_samples),
+        EXPERTS: work(hit, 2.0 * experts * share * num_tokens),
+        ATTENTION: work(kv_elements, 4.0 * spec.num_heads * spec.head_dim * seen),
+    }
 
 
 def _visible(row: Row, window: int | None) -> int:
@@ -109,11 +131,15 @@ class Probes:
     def measure(self) -> Rates:
         """Read bandwidth, and the matrix rate that bounds the operators under test."""
         if not self._native:
-            return Rates(_torch_read_rate(), max(_torch_rates().values()))
+            multiply = max(_torch_rates().values())
+            return Rates(_torch_read_rate(), multiply, multiply)
         own = self._native[self._kernels]
-        return Rates(
-            max(own.read_rate(_PROBE_BYTES) for _ in range(2)), self._multiply_rate(own, dots=self._dtype == "bfloat16")
-        )
+        read = max(own.read_rate(_PROBE_BYTES) for _ in range(2))
+        pairs = self._dtype == "bfloat16"
+        multiply = self._multiply_rate(own, dots=pairs)
+        # Tiles multiply for linears only: attention has the dot products of registers there.
+        dots = self._native.get(_DOT_KERNELS) if pairs and self._kernels == _TILE_KERNELS else None
+        return Rates(read, multiply, multiply if dots is None else self._multiply_rate(dots, dots=True))
 
     def matrix_rates(self) -> dict[str, float]:
         if not self._native:

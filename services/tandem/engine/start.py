@@ -24,7 +24,7 @@ from tandem.engine.models.decoder import Decoder
 from tandem.engine.models.part import ModelPart
 from tandem.engine.models.spec import DecoderSpec, read_spec
 from tandem.engine.ops.choice import choose_operators
-from tandem.engine.ops.contract import Operators
+from tandem.engine.ops.contract import Operators, Profiler
 from tandem.engine.place import RankPlace
 from tandem.engine.pool import TORCH_DTYPES, host_pool, sized_layout, take_pool
 from tandem.engine.rank_device import rank_device, rank_threads, ranks_here, uses_nccl
@@ -43,7 +43,8 @@ class Engine:
     """A device that is ready for plans, and what the worker has to know about it. The caller closes the device.
 
     `memory` is what a transfer process maps. `fingerprint` is equal for workers that may hand KV to each other;
-    `numerics` is empty unless the operators are bit-exact. `weight_bytes` counts memory, not the files.
+    `numerics` is empty unless the operators are bit-exact. `weight_bytes` counts memory, not the files. `profiler` may
+    be used while the device has no plan.
     """
 
     device: Device
@@ -55,6 +56,7 @@ class Engine:
     operators: str
     weight_bytes: int
     lora: LoraEngine
+    profiler: Profiler | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ def start_engine(
         operators=operators.name,
         weight_bytes=loaded.weights.num_bytes,
         lora=lora,
+        profiler=operators.profiler,
     )
 
 

@@ -10,10 +10,23 @@ import platform
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-INTERFACE_VERSION = 4  # raised with every change of a function or a structure below
+INTERFACE_VERSION = 5  # raised with every change of a function or a structure below
 LIBRARY_PATH = Path(__file__).parent / "libtandem_operators.so"
 NOTE_PATH = Path(__file__).parent / "not_built.txt"  # written by setup.py instead of the library
 FLOAT32, BFLOAT16 = 0, 1
+# `Kind` of native/pool.hpp, in its order.
+PROFILE_KINDS = (
+    "packing of inputs",
+    "linear",
+    "output head",
+    "norm",
+    "rope and store",
+    "attention",
+    "merge",
+    "experts",
+    "embedding",
+    "other",
+)
 
 
 class NativeUnavailable(Exception):
@@ -100,7 +113,10 @@ _FUNCTIONS = {
     "tandem_packed_bytes": (c_int64, [_LINEAR]),
     "tandem_pack": (c_int32, [c_void_p, _LINEAR, c_void_p, c_void_p, c_int64]),
     "tandem_unpack": (c_int32, [c_void_p, _LINEAR, c_void_p, c_void_p, c_int64]),
-    "tandem_linear": (c_int32, [c_void_p, _LINEAR, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32]),
+    "tandem_linear": (
+        c_int32,
+        [c_void_p, _LINEAR, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int32],
+    ),
     "tandem_experts": (
         c_int32,
         [c_void_p, POINTER(ExpertsFields), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32],
@@ -122,6 +138,8 @@ _FUNCTIONS = {
     ),
     "tandem_attend": (c_int32, [c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
     "tandem_layers": (c_int32, [c_void_p, POINTER(LayerFields), c_int64, c_int64, c_void_p]),
+    "tandem_set_profiling": (None, [c_void_p, c_int32]),
+    "tandem_take_profile": (c_int32, [c_void_p, c_int64, c_void_p]),
     "tandem_read_rate": (c_double, [c_void_p, c_void_p, c_int64]),
     "tandem_multiply_rate": (c_double, [c_void_p, c_int64, c_int32]),
 }

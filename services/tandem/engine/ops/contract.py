@@ -203,6 +203,31 @@ class LayerStack(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class KindTime:
+    """Time of all operations of one kind. `waited`: of it, the calling thread's wait for other compute threads."""
+
+    kind: str
+    seconds: float
+    waited_seconds: float
+
+
+class Profiler(Protocol):
+    """Adds up where an operator set's time goes. To be called while no operator runs."""
+
+    def start(self) -> None:
+        """Begin at zero."""
+        ...
+
+    def take(self) -> tuple[KindTime, ...]:
+        """Return what was added up since the last call or the start, of every kind that there is, and begin anew."""
+        ...
+
+    def stop(self) -> None:
+        """Add up nothing more; from now on profiling costs nothing again."""
+        ...
+
+
 class Operators(Protocol):
     """One set of operators. `numerics` is empty unless a row's bits are proven not to depend on other rows."""
 
@@ -224,6 +249,11 @@ class Operators(Protocol):
 
     @property
     def activation_dtype(self) -> torch.dtype: ...
+
+    @property
+    def profiler(self) -> Profiler | None:
+        """None for a set that cannot tell where its time goes."""
+        ...
 
     def linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Linear:
         """Prepare a linear once. Weights [outputs, inputs], biases [outputs] or None; they may be kept."""

@@ -26,6 +26,7 @@ from tandem.engine.ops.contract import (
 from tandem.engine.ops.cpu_attention import CpuAttention
 from tandem.engine.ops.cpu_experts import CpuExperts
 from tandem.engine.ops.cpu_layers import CpuLayers
+from tandem.engine.ops.cpu_profile import CpuProfiler
 
 KERNELS = ("amx", "avx512bf16", "avx512", "avx2")  # best first
 SPIN_NANOSECONDS = 200_000  # a thread without work waits so long before it sleeps
@@ -96,6 +97,10 @@ class CpuOperators:
     def workspace_bytes(self) -> int:
         return self._runtime.workspace_bytes
 
+    @property
+    def profiler(self) -> CpuProfiler:
+        return CpuProfiler(self._runtime)
+
     def linear(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> CpuLinear:
         return CpuLinear(self._runtime, weights, biases, gated=False)
 
@@ -150,7 +155,8 @@ class CpuOperators:
         return CpuLayers(parts, epsilon)
 
     def logits(self, head: Linear, hidden: torch.Tensor) -> torch.Tensor:
-        return head(hidden)
+        assert isinstance(head, CpuLinear), "a linear of another operator set"
+        return head(hidden, head=True)
 
     def begin(self, batch: TokenBatch, pool: torch.Tensor, shape: AttentionShape) -> AttentionStep:
         return CpuAttention(self._runtime, batch, pool, shape)
@@ -199,9 +205,10 @@ class CpuLinear:
     def num_bytes(self) -> int:
         return self._pages.num_bytes
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, *, head: bool = False) -> torch.Tensor:
+        """`head`: profiles show it as the output head."""
         outputs = self._runtime.tensors.empty(inputs.shape[0], self.num_outputs)
-        self._compute(inputs, outputs, add=False)
+        self._compute(inputs, outputs, add=False, head=head)
         return outputs
 
     def add_to(self, outputs: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -231,7 +238,13 @@ class CpuLinear:
         return list(self._plain_biases)
 
     def _compute(
-        self, inputs: torch.Tensor, outputs: torch.Tensor, *, add: bool, fields: LinearFields | None = None
+        self,
+        inputs: torch.Tensor,
+        outputs: torch.Tensor,
+        *,
+        add: bool,
+        fields: LinearFields | None = None,
+        head: bool = False,
     ) -> None:
         if inputs.stride(1) != 1:
             inputs = inputs.contiguous()
@@ -246,6 +259,7 @@ class CpuLinear:
                 outputs.data_ptr(),
                 outputs.stride(0),
                 int(add),
+                int(head),
             )
         )
 

@@ -37,6 +37,7 @@ class ReferenceOperators:
     packs_weights = False
     workspace_bytes = 0  # torch's own allocator keeps what it likes
     numerics = ""  # torch's own products depend on the size of the batch: nothing is claimed
+    profiler = None
 
     def __init__(self, activation_dtype: torch.dtype) -> None:
         self._activation_dtype = activation_dtype
