@@ -40,8 +40,7 @@ TANDEM_INLINE Lanes nearest_integer(Lanes x) {
 }
 // x times two to the power of n; n holds integers, and the result must be a normal number.
 TANDEM_INLINE Lanes times_power_of_two(Lanes x, Lanes n) {
-    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23);
-    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), shifted))};
+    return {_mm512_scalef_ps(x.v, n.v)};
 }
 // x where `tested` is not below the bound (or not a number), zero elsewhere.
 TANDEM_INLINE Lanes zero_if_below(Lanes x, Lanes tested, float bound) {
