@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tandem.config import CacheConfig
 from tandem.engine.host import usable_cpus
 from tandem.engine.ops.contract import AttentionShape, TokenBatch
 from tandem.engine.ops.cpu import KERNELS, CpuOperators
 
 HIDDEN, MIDDLE, HEADS, KV_HEADS, HEAD_DIM = 896, 4864, 14, 2, 64
 LAYERS = 4
-PAGE_TOKENS = 16
+# Rows, context, tokens of each.
+ATTENTION = ((1, 512, 1), (8, 512, 1), (32, 512, 1), (1, 8192, 1), (8, 8192, 1), (1, 32768, 1), (1, 0, 1024))
 PROBE_BYTES = 1 << 27
 PROBE_ROUNDS = 60_000
 
@@ -123,7 +125,7 @@ def linear_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]:
         yield Work(f"linears of {LAYERS} layers, {rows} rows", num_bytes, num_bytes * rows, dots, run, count)
 
 
-def attention_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]:
+def attention_works(operators: CpuOperators, repetitions: int, page_tokens: int) -> Iterator[Work]:
     shape = AttentionShape(
         num_heads=HEADS,
         num_kv_heads=KV_HEADS,
@@ -132,10 +134,10 @@ def attention_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]
         frequencies=torch.full((HEAD_DIM // 2,), 1e-3),
         attention_factor=1.0,
     )
-    for rows, context, chunk in ((1, 512, 1), (8, 512, 1), (32, 512, 1), (1, 8192, 1), (1, 32768, 1), (1, 0, 1024)):
-        batch = batch_of(rows, context, chunk)
+    for rows, context, chunk in ATTENTION:
+        batch = batch_of(rows, context, chunk, page_tokens)
         pages = int(batch.page_table.max()) + 1
-        pool = torch.full((pages, LAYERS, 2, KV_HEADS, PAGE_TOKENS, HEAD_DIM), 0.01, dtype=torch.bfloat16)
+        pool = torch.full((pages, LAYERS, 2, KV_HEADS, page_tokens, HEAD_DIM), 0.01, dtype=torch.bfloat16)
         step = operators.begin(batch, pool, shape)
         queries = torch.randn(batch.num_tokens, HEADS, HEAD_DIM)
 
@@ -150,14 +152,14 @@ def attention_works(operators: CpuOperators, repetitions: int) -> Iterator[Work]
         yield Work(kind, num_bytes, flops, operators.multiplies_pairs, run, repetitions)
 
 
-def batch_of(rows: int, context: int, chunk: int) -> TokenBatch:
-    pages = -(-(context + chunk) // PAGE_TOKENS)
+def batch_of(rows: int, context: int, chunk: int, page_tokens: int) -> TokenBatch:
+    pages = -(-(context + chunk) // page_tokens)
     table = np.arange(rows * pages).reshape(rows, pages)
     positions = np.tile(np.arange(context, context + chunk), rows)
     row_of_token = np.repeat(np.arange(rows), chunk)
-    slots = table[row_of_token, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+    slots = table[row_of_token, positions // page_tokens] * page_tokens + positions % page_tokens
     return TokenBatch(
-        page_tokens=PAGE_TOKENS,
+        page_tokens=page_tokens,
         offsets=np.arange(rows + 1) * chunk,
         starts=np.full(rows, context),
         positions=positions,
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: the CPUs this process may use")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--only", choices=("linears", "attention"))
+    parser.add_argument("--page-tokens", type=int, default=CacheConfig().page_tokens)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -185,10 +188,11 @@ def main() -> None:
     print(f"{'':34} {'ms':>9} {'GB/s':>7} {'GFLOP/s':>8}  bound by  limit/time")
     results = []
     with torch.inference_mode():
-        for name, works in (("linears", linear_works), ("attention", attention_works)):
+        attention = attention_works(operators, given.repetitions, given.page_tokens)
+        for name, works in (("linears", linear_works(operators, given.repetitions)), ("attention", attention)):
             if given.only not in (None, name):
                 continue
-            for work in works(operators, given.repetitions):
+            for work in works:
                 one = measure(work, limits)
                 results.append(one)
                 print(

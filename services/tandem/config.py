@@ -90,7 +90,8 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    page_tokens: int = setting(16, "tokens in a KV page", low=1, high=1024)
+    # 32: keys of one head of 64 in bf16 then fill 4 KB. Attention reads shorter runs a third slower.
+    page_tokens: int = setting(32, "tokens in a KV page", low=1, high=1024)
     pool_bytes: int = setting(0, "KV pools of one worker in bytes, all replicas; 0: see memory_fraction", low=0)
     memory_fraction: float = setting(0.25, "share of the free memory that the KV pools take", low=0.01, high=0.95)
     pool_bytes_max: int = setting(4 << 30, "bound of memory_fraction in bytes", low=1 << 20)

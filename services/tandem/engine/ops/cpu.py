@@ -29,7 +29,8 @@ from tandem.engine.ops.cpu_layers import CpuLayers
 from tandem.engine.ops.cpu_profile import CpuProfiler
 
 KERNELS = ("amx", "avx512bf16", "avx512", "avx2")  # best first
-SPIN_NANOSECONDS = 200_000  # a thread without work waits so long before it sleeps
+# A thread without work waits so long before it sleeps: longer than Python takes between a step's layers and its head.
+SPIN_NANOSECONDS = 500_000
 
 _PANEL_COLUMNS = 16  # kPanelColumns of native/kernels.hpp
 _ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
