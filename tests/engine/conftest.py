@@ -27,7 +27,7 @@ def start() -> Iterator[EngineStarter]:
 
     def starter(folder: Path | str, *, pool_bytes: int = 8 << 20, page_tokens: int = 8, **model: Any) -> Engine:
         config = Config(
-            model=ModelConfig(path=str(folder), threads=1, device="cpu", **model),
+            model=ModelConfig(**{"path": str(folder), "threads": 1, "device": "cpu", **model}),
             cache=CacheConfig(pool_bytes=pool_bytes, page_tokens=page_tokens),
             scheduler=SchedulerConfig(max_running_requests=64),
         )

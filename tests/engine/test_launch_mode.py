@@ -111,3 +111,29 @@ def test_a_failed_gradient_launch_is_its_own_affair(device: CpuDevice) -> None:
     assert str(gradients(device).error) == "out of luck"
     device.launch(prompt_plan(1))
     assert len(take(device, 1)) == 1
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+def test_torch_has_one_thread_beside_operators_that_have_their_own(
+    start: EngineStarter, tmp_path: Path, ops: str
+) -> None:
+    """For plans. Gradients are torch's alone, and get all of them."""
+    write_checkpoint(LLAMA, tmp_path)
+    device = start(tmp_path, ops=ops, threads=3).device
+    assert isinstance(device, CpuDevice)
+    runner: Any = device._runner
+    run, seen = runner.run, []
+
+    def counting(plan: Plan) -> object:
+        seen.append(torch.get_num_threads())
+        return run(plan)
+
+    runner.run = counting
+    device.launch(prompt_plan(1))
+    take(device, 1)
+    device.launch_gradients(GradientWork(torch.get_num_threads))
+    assert gradients(device).value == 3
+    device.launch(prompt_plan(2))
+    take(device, 1)
+    packs = runner._decoder._operators.packs_weights
+    assert seen == [1, 1] if packs else [3, 3]

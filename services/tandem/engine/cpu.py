@@ -15,11 +15,16 @@ from tandem.engine.runner import PlanRunner
 
 
 class CpuDevice:
-    """See `device.Device`. Takes ownership of the runner: nobody else may use it until `close`."""
+    """See `device.Device`. Takes ownership of the runner: nobody else may use it until `close`.
 
-    def __init__(self, runner: PlanRunner, num_threads: int) -> None:
+    Plans run with `plan_threads` torch threads, gradients with `num_threads`: operators that have threads of their own
+    rest meanwhile.
+    """
+
+    def __init__(self, runner: PlanRunner, *, num_threads: int, plan_threads: int) -> None:
         self._runner = runner
         self._num_threads = num_threads
+        self._plan_threads = plan_threads
         self._thread = ComputeThread(self._execute)
 
     @property
@@ -48,7 +53,7 @@ class CpuDevice:
         self._thread.close()
 
     def _execute(self, thread: ComputeThread) -> None:
-        torch.set_num_threads(self._num_threads)  # counts for the calling thread
+        torch.set_num_threads(self._plan_threads)  # counts for the calling thread
         while (work := thread.take(block=True)) is not None:
             if isinstance(work, Plan):
                 began = time.perf_counter() - self._runner.waited_seconds
@@ -57,7 +62,9 @@ class CpuDevice:
                 seconds = time.perf_counter() - self._runner.waited_seconds - began
                 thread.give(PlanResolved(work.plan_id, rows, seconds))
             elif isinstance(work, GradientWork):
+                torch.set_num_threads(self._num_threads)
                 thread.give_gradients(run_with_gradients(work, torch.device("cpu")))
+                torch.set_num_threads(self._plan_threads)
             else:
                 with inference_launch():
                     work()

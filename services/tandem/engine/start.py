@@ -97,7 +97,8 @@ def start_engine(
             operators = choose_operators(config.model.ops, loaded.dtype, device, num_threads, progress)
             progress(f"operators: {operators.name}, numerics {operators.numerics or 'not claimed'}")
             # The C++ operators have threads of their own; torch has little left to do, its pool would be in the way.
-            torch.set_num_threads(1 if operators.packs_weights else num_threads)
+            plan_threads = 1 if operators.packs_weights else num_threads
+            torch.set_num_threads(plan_threads)
             decoder = _build_decoder(loaded, part, operators, links, progress)
         lora = load_adapters(config, loaded.spec, decoder, operators, checkpoint.folder, device, progress)
         numerics = numerics_id(operators.numerics, loaded.dtype, config.parallel)
@@ -108,7 +109,7 @@ def start_engine(
         share = Fraction(part.kv.num_layers * part.kv.num_heads, spec.num_layers * spec.num_kv_heads)
         layout = _agree(links, sized_layout(one_page, config.cache, free_bytes, share))
         memory = take_pool(layout, config.cache, free_bytes, progress, on_gpu=device.type == "cuda")
-        ready = _build_device(config, decoder, lora, memory, layout, device, num_threads, links)
+        ready = _build_device(config, decoder, lora, memory, layout, device, (num_threads, plan_threads), links)
     return Engine(
         device=ready,
         memory=memory,
@@ -130,14 +131,15 @@ def _build_device(
     memory: PoolMemory,
     layout: KvLayout,
     device: torch.device,
-    num_threads: int,
+    threads: tuple[int, int],
     links: RankLinks,
 ) -> Device:
+    """`threads` of torch: for gradients, and for plans."""
     shared = host_pool(memory, layout)
     if device.type == "cpu":
         runner = PlanRunner(decoder, shared, config.scheduler.max_running_requests, links, lora.store)
         runner.warm_up()
-        return CpuDevice(runner, num_threads)
+        return CpuDevice(runner, num_threads=threads[0], plan_threads=threads[1])
     pool = torch.zeros(shared.shape, dtype=shared.dtype, device=device)
     runner = PlanRunner(decoder, pool, config.scheduler.max_running_requests, links, lora.store)
     runner.warm_up()
