@@ -68,13 +68,13 @@ TANDEM_INLINE void pair_values(const char* first, const char* second, __mmask16 
     words[1] = _mm512_unpackhi_epi16(a, b);
 }
 
-// Columns that lie in the first cache. Meanwhile values are asked for, half of them where columns are made, and the keys
-// of the columns after these.
+// Columns that lie in the first cache. Meanwhile some of the values are asked for (the others where columns are made),
+// and the keys of the columns after these.
 template <int P>
 struct AskingWords {
     AskingWords(const WordColumns& of, std::int64_t pairs, SlotsAhead& values_of, SlotsNear& keys_of)
         : columns(of), values(values_of), keys(keys_of) {
-        while ((skipped + 1) * P * kLanes < pairs) skipped = 2 * skipped + 1;
+        while (2 * (skipped + 1) * P * kLanes <= pairs) skipped = 2 * skipped + 1;
     }
 
     TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {

@@ -87,7 +87,7 @@ public:
     }
 
     TANDEM_INLINE void ask() {
-        if (next_ >= last_ && !go_on()) return;
+        if (next_ >= last_ && (last_after_ == 0 || !go_on())) return;
         const char* from = slots_[next_++];
         _mm_prefetch(from, kInto);
         for (std::int64_t byte = 64; byte < slot_bytes_; byte += 64) _mm_prefetch(from + byte, kInto);
@@ -120,7 +120,7 @@ public:
     const BlockPlaces* places;
     const std::int64_t slot_bytes;
     // This block's values, to be asked for while its keys are multiplied; and the keys of the next block while values
-    // are weighed. What follows an item's last block are the first keys of the item that this thread probably does next.
+    // are weighed. After an item's last block come the first keys of the item that this thread probably does next.
     mutable SlotsAhead values_ahead, keys_ahead;
 
     BlockWalk(const AttendTask& task, std::int64_t number)

@@ -28,9 +28,6 @@ void strip_of_pairs(const StripTask& task, std::int64_t strip) {
     }
 }
 
-// With fewer rows the processor's own reading ahead keeps up, and asking costs more than it gives.
-constexpr std::int64_t kAheadRows = 5;
-
 // P panels over one block of the depth. `ahead`: bytes from these weights to those that are needed next.
 template <int P>
 TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std::int64_t panel,
@@ -50,7 +47,7 @@ TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std
         float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
         const Sums result{to, kPanelColumns, panel_stride, depth_start == 0 ? Start::kStore : Start::kAdd};
         const std::int64_t turn = strip - part.first_strip;
-        if (turn < turns && count >= kAheadRows) {
+        if (turn < turns) {
             dot_packed<P>(count, depth / 2, rows, AheadColumns{columns, ahead, turn, turns}, result);
         } else {
             dot_packed<P>(count, depth / 2, rows, columns, result);
@@ -58,7 +55,8 @@ TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std
     }
 }
 
-constexpr std::int64_t kAheadBytes = 4096;  // more, or much less, costs steps of 5 to 12 rows some percent
+constexpr std::int64_t kAheadBytes = 6144;   // of all panels together; half or twice as much costs a step some percent
+constexpr std::int64_t kFourPanelRows = 4;  // so few rows that four panels' sums fit into registers
 
 // One strip: each panel from its beginning to its end, as it lies in memory.
 template <int P>
@@ -66,7 +64,7 @@ TANDEM_INLINE std::int64_t dot_panels_of_strip(const LinearTask& task, const Lin
                                                float* sums) {
     for (; panel + P <= part.last_panel; panel += P) {
         for (std::int64_t depth = 0; depth < task.shape.padded_depth; depth += kDepthBlock) {
-            dot_block<P>(task, part, panel, depth, kAheadBytes, sums);
+            dot_block<P>(task, part, panel, depth, kAheadBytes / P, sums);
         }
     }
     return panel;
@@ -91,7 +89,7 @@ void linear_of_pairs(const LinearTask& task, std::int64_t number, float* scratch
     const LinearPart part = part_of(task, number);
     if (part.last_strip - part.first_strip == 1) {
         std::int64_t panel = part.first_panel;
-        if (part.num_rows == 1) panel = dot_panels_of_strip<4>(task, part, panel, scratch);
+        if (part.num_rows <= kFourPanelRows) panel = dot_panels_of_strip<4>(task, part, panel, scratch);
         panel = dot_panels_of_strip<2>(task, part, panel, scratch);
         dot_panels_of_strip<1>(task, part, panel, scratch);
         return finish(task, part, scratch);

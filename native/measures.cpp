@@ -20,8 +20,8 @@ extern "C" {
 // Whether the time of phases is added up by kind from now on.
 TANDEM_EXPORT void tandem_set_profiling(Runtime* runtime, std::int32_t on) { runtime->pool.set_profiling(on != 0); }
 
-// Give what was added up since the last call: seconds and, of those, waited ones of each kind [kinds, 2]. 2 if there are
-// not as many kinds.
+// Give what was added up since the last call: seconds and, of those, waited ones of each kind [kinds, 2]. Gives 2 if
+// there are not as many kinds.
 TANDEM_EXPORT std::int32_t tandem_take_profile(Runtime* runtime, std::int64_t kinds, double* values) {
     if (kinds != static_cast<std::int64_t>(kKinds)) return 2;
     for (const KindTime& time : runtime->pool.take_profile()) {

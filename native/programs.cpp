@@ -106,7 +106,8 @@ void add_linear(Program& program, Runtime& runtime, const PackedLinear& linear, 
     LinearTask task = linear_task(runtime, linear, rows, outputs, add_to_outputs);
     task.panels_per_task = panels_per_task(runtime, shape, blocks_of(runtime, shape, task.strips));
     need_linear_scratch(runtime, rows);
-    program.push_back({Kind::kLinear, linear_tasks(task), [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
+    program.push_back({Kind::kLinear, linear_tasks(task),
+                       [task, inputs, as_it_lies, &runtime](std::int64_t number, int thread) {
                            LinearTask own = task;
                            own.strips_packed = as_it_lies ? inputs.data : runtime.strips.floats();
                            runtime.kernels.linear(own, number, runtime.scratch(thread));

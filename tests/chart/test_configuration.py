@@ -181,7 +181,7 @@ def test_everything(tmp_path: Path) -> None:
     assert gateway.server.reflection is False  # from extraEnv
     assert (prefill.scheduler.budget_tokens, prefill.scheduler.loop) == (2048, "normal")
     assert prefill.transfer.shared_key_file == "/etc/tandem-key/key"
-    assert (prefill.cache.page_tokens, prefill.handoff.lease_seconds) == (32, 12.5)
+    assert (prefill.cache.page_tokens, prefill.handoff.lease_seconds) == (64, 12.5)
     for config in (gateway, prefill):
         telemetry = config.telemetry
         assert telemetry.vllm_metrics and telemetry.genai_metrics

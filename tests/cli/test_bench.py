@@ -67,6 +67,8 @@ def test_the_engine_benchmark_is_told_its_combinations(asked: list[tuple[str, st
         "--contexts",
         "64",
         "--profile",
+        "--page-tokens",
+        "64",
     ]
     assert main(words) == 0
     ((program, kind, request),) = asked
@@ -77,7 +79,9 @@ def test_the_engine_benchmark_is_told_its_combinations(asked: list[tuple[str, st
         [1, 4],
         [64],
     )
-    assert request["profile"] and request["page_tokens"] == CacheConfig().page_tokens
+    assert request["profile"] and request["page_tokens"] == 64
+    assert main(["bench", "engine", "--model", "m"]) == 0
+    assert not asked[-1][2]["profile"] and asked[-1][2]["page_tokens"] == CacheConfig().page_tokens
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def test_the_engine_is_measured_and_what_cannot_be_is_named(tmp_path: Path) -> N
         prompt_tokens=16,
         num_threads=1,
         pool_bytes=64 * 16 * 512,  # 64 pages of 16 tokens
+        page_tokens=16,
         cell_seconds=0.5,
         profile=True,
     )
@@ -234,13 +235,13 @@ def test_a_profile_says_where_the_time_of_each_cell_goes(tmp_path: Path) -> None
         contexts=(600,),
         prompt_tokens=16,
         num_threads=2,
-        page_tokens=32,
+        page_tokens=64,
         cell_seconds=0.5,
         profile=True,
         json_path=str(tmp_path / "report.json"),
     )
     report = bench_engine(request, lambda text: None)
-    assert report.page_tokens == 32 and not report.skipped
+    assert report.page_tokens == 64 and not report.skipped
     for cell in (*report.prefill, *report.decode):
         assert cell.profile is not None and cell.profile.repetitions > 0
         times = {part.kind: part for part in cell.profile.parts}

@@ -121,6 +121,30 @@ def test_plan(
 
 
 @every_kernel
+@pytest.mark.parametrize("window", [None, 37, 300])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 160])
+@pytest.mark.parametrize("heads", [(2, 1), (1, 7), (1, 8), (1, 13)], ids=str)
+def test_tokens_one_by_one_are_the_prompt_bit_for_bit(
+    kernels: str, heads: tuple[int, int], head_dim: int, window: int | None
+) -> None:
+    """Few rows take other ways through a head than many: single tokens and short chunks, in one plan and alone."""
+    length, page_tokens = 700, 8
+    random = generator(head_dim * heads[1])
+    pages = torch.randperm(-(-length // page_tokens), generator=random).tolist()
+    pool = torch.randn((len(pages), 1, 2, heads[0], page_tokens, head_dim), generator=random).bfloat16()
+    shape = attention_shape(*heads, head_dim, (window,))
+    queries = torch.randn(length, heads[0] * heads[1], head_dim, generator=random)
+    prompt = operators(kernels).begin(plan([(0, length)], page_tokens, [pages]), pool, shape).attend(0, queries)
+    singles = [(start, 1) for start in (0, 5, 31, 127, 255, 256, 300, 511, 530, 640, 699)]
+    mixed = [*singles, (128, 2), (250, 9), (500, 3), (40, 1)]
+    for num_threads, rows in ((1, mixed), (3, mixed[::-1]), (2, [(699, 1)]), (1, [(513, 2)])):
+        batch = plan(rows, page_tokens, [pages] * len(rows))
+        positions = torch.from_numpy(batch.positions)
+        step = operators(kernels, num_threads).begin(batch, pool, shape)
+        assert torch.equal(step.attend(0, queries[positions].contiguous()), prompt[positions])
+
+
+@every_kernel
 @pytest.mark.parametrize("window", [None, 4096])
 def test_far_positions(kernels: str, window: int | None) -> None:
     """The end of a context of 32768 positions: decode and extend rows in one plan, one and several threads."""

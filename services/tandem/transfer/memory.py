@@ -27,7 +27,7 @@ class PoolMemory:
     """
 
     def __init__(self, fd: int, size_bytes: int, pages: PoolPages) -> None:
-        """Takes ownership of `fd`. Raises ValueError if the file is shorter than `size_bytes`."""
+        """Takes ownership of `fd`, unless it raises: ValueError if the file is shorter than `size_bytes`, OSError."""
         self.fd = fd
         self.size_bytes = size_bytes
         self.pages = pages
@@ -47,8 +47,12 @@ class PoolMemory:
         `pass_fds`.
         """
         fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
-        os.ftruncate(fd, size_bytes)
-        return cls(fd, size_bytes, "advised" if advise and advice_is_heeded() else "ordinary")
+        try:
+            os.ftruncate(fd, size_bytes)
+            return cls(fd, size_bytes, "advised" if advise and advice_is_heeded() else "ordinary")
+        except OSError:
+            os.close(fd)
+            raise
 
     @classmethod
     def create_huge(cls, size_bytes: int) -> PoolMemory:

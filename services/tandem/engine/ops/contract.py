@@ -205,7 +205,8 @@ class LayerStack(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KindTime:
-    """Time of all operations of one kind. `waited`: of it, the calling thread's wait for other compute threads."""
+    """Time of all operations of one kind. `waited`: of it, how long a compute thread had nothing to do, on
+    average of all of them."""
 
     kind: str
     seconds: float

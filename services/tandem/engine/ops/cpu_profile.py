@@ -17,7 +17,8 @@ class Runtime(Protocol):
 
 
 class CpuProfiler:
-    """See `contract.Profiler`. A phase is timed by the calling thread; timing reads the clock twice for each."""
+    """See `contract.Profiler`. A phase ends with its last task, whichever thread did it; timing reads the clock
+    at the ends of phases."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
