@@ -113,6 +113,27 @@ using SlotsNear = Slots<_MM_HINT_T0>;   // from there into the first
 
 constexpr std::int64_t kPanelsAtOnce = 3;  // of an item's first keys, asked for before anything is computed
 
+// One line of each page of memory that a block lies in, long before more of it is asked for: the pool is larger than
+// what the processor keeps translations of, and a line whose page is unknown holds up those behind it.
+TANDEM_INLINE void ask_for_translations(const AttendTask& task, const AttendItem& item, std::int64_t block) {
+    constexpr std::int64_t memory_page = 4096;
+    const VisibleKeys keys = visible_keys(task, item, block);
+    const Pool& pool = task.pool;
+    const std::int64_t slot_bytes = slot_bytes_of(pool), head_bytes = pool.page_tokens * slot_bytes;
+    const std::int64_t side_bytes = pool.kv_heads * head_bytes;
+    const char* own = static_cast<const char*>(pool.data) + task.layer * 2 * side_bytes + item.kv_head * head_bytes;
+    const std::int64_t* pages = task.page_table + item.row * task.page_table_stride;
+    const std::int64_t step = least_of(pool.page_tokens, most_of(1, memory_page / slot_bytes));
+    for (std::int64_t key = keys.low; key < keys.end; key += step) {
+        const std::int64_t page = key / pool.page_tokens, slot = key - page * pool.page_tokens;
+        const char* from = own + pages[page] * pool.layers * 2 * side_bytes + slot * slot_bytes;
+        _mm_prefetch(from, _MM_HINT_T1);
+        _mm_prefetch(from + side_bytes, _MM_HINT_T1);
+    }
+}
+
+constexpr std::int64_t kBlocksAhead = 2;  // translations are asked for so early; from 1 to 4 it is much the same
+
 // Goes over the blocks of an item: where this block's keys and values lie, and what is needed after them.
 class BlockWalk {
 public:
@@ -139,6 +160,12 @@ public:
         places = &two_[block % 2];
         values_ahead = slots_of(places->values, keys);
         keys_ahead = slots_of(nullptr, {});
+        const std::int64_t left = last_block - block;
+        if (left >= kBlocksAhead) {
+            ask_for_translations(task_, item, block + kBlocksAhead);
+        } else if (const AttendItem* next = next_item(); next != nullptr && kBlocksAhead - left <= next->num_blocks) {
+            ask_for_translations(task_, *next, next->first_block + kBlocksAhead - left - 1);
+        }
         if (block < last_block) {
             BlockPlaces& after = two_[(block + 1) % 2];
             next_keys_ = visible_keys(task_, item, block + 1);
@@ -152,11 +179,17 @@ public:
     }
 
 private:
+    // What this thread probably does next; null: nothing.
+    const AttendItem* next_item() const {
+        const std::int64_t number = number_ + task_.threads;
+        return number < task_.num_items ? &task_.items[number] : nullptr;
+    }
+
     void ask_for_next_item() {
-        if (number_ + task_.threads >= task_.num_items) return;
-        const AttendItem& next = task_.items[number_ + task_.threads];
-        const VisibleKeys visible = visible_keys(task_, next, next.first_block);
-        find_places(task_, next, visible, of_next_item_);
+        const AttendItem* next = next_item();
+        if (next == nullptr) return;
+        const VisibleKeys visible = visible_keys(task_, *next, next->first_block);
+        find_places(task_, *next, visible, of_next_item_);
         keys_ahead.then(of_next_item_.keys, visible.low - visible.block_start, visible.end - visible.block_start);
     }
 
