@@ -30,6 +30,7 @@ from compare_protocol import EngineGone, EngineProcess, Setup
 from compare_report import Comparison, write_results
 
 _WARM_UP_TRIAL = 1_000_000
+_FIRST_TRIAL = 1  # trial 0's prompts are the contexts of decode steps, which prefix caches know
 _SETTLE_SECONDS = 0.4
 _DECODE_TURNS = 3  # in a round: decode steps are short
 
@@ -167,7 +168,7 @@ def _ask(
         return None
     time.sleep(_SETTLE_SECONDS)
     try:
-        return engines[name].ask(kind=kind, batch=batch, trial=trial if trial >= 0 else _WARM_UP_TRIAL)
+        return engines[name].ask(kind=kind, batch=batch, trial=_FIRST_TRIAL + trial if trial >= 0 else _WARM_UP_TRIAL)
     except EngineGone as gone:
         if name == "tandem":
             raise

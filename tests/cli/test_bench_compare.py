@@ -70,6 +70,22 @@ def test_prompts_are_new_in_every_trial_and_equal_for_everybody(report: Any) -> 
     assert protocol.prompts_of(setup, 1, 2) != first
 
 
+def test_no_prompt_begins_like_a_context_of_decode_steps(report: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts are the beginnings of trial 0's prompts: an engine with a prefix cache would have half a prompt."""
+    compare = importlib.import_module("compare")
+    trials = []
+
+    class Engine:
+        def ask(self, *, kind: str, batch: int, trial: int) -> dict[str, Any]:
+            trials.append(trial)
+            return {"seconds": 1.0, "tokens": [0]}
+
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    for trial in (-1, 0, 1):
+        compare._ask({"tandem": Engine()}, comparison_of(report), "tandem", kind="prefill", batch=1, trial=trial)
+    assert 0 not in trials and len(set(trials)) == 3
+
+
 def test_a_comparison_with_a_peer_that_does_not_start(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     make_model(MakeModelRequest(config=SHAPES["tiny"], folder=str(folder), dtype="float32"), lambda text: None)
