@@ -16,34 +16,6 @@ TANDEM_INLINE __mmask16 words_of(std::int64_t elements) {
     return elements >= kPairDims ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (elements / 2)) - 1);
 }
 
-// Sixteen words of each of sixteen rows -> word t of all rows in words[t].
-TANDEM_INLINE void transpose_sixteen(__m512i (&words)[16]) {
-    __m512i pairs[16], fours[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(words[i], words[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(words[i], words[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        const __m512i low_even = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
-        const __m512i low_odd = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
-        const __m512i high_even = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
-        const __m512i high_odd = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
-        words[c] = _mm512_shuffle_i32x4(low_even, high_even, 0x88);
-        words[4 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-        words[8 + c] = _mm512_shuffle_i32x4(low_even, high_even, 0xdd);
-        words[12 + c] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
-    }
-}
-
 // Sixteen keys -> [head_dim / 2][16] words of two dimensions.
 TANDEM_INLINE void columns_of_pairs(const char* const* keys, SlotsAhead& values, std::int64_t dim, std::uint32_t* to) {
     for (std::int64_t d = 0; d < dim; d += kPairDims) {

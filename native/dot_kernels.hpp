@@ -9,22 +9,35 @@ namespace {
 
 using namespace tandem;
 
+// 32 floats, zeros from `count` on, rounded to bf16.
+TANDEM_INLINE __m512i rounded_words(const float* from, std::int64_t count) {
+    const Lanes first = load_up_to(from, most_of(0, count));
+    const Lanes second = load_up_to(from + kLanes, most_of(0, count - kLanes));
+    return (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
+}
+
 // Inputs rounded to bf16, as [depth / 2][row] words of two.
 void strip_of_pairs(const StripTask& task, std::int64_t strip) {
+    static_assert(kStripRows <= 16 && kPairDepth == 32, "a strip's rows are the columns of one transposed block");
     const std::int64_t first = strip_start(task.rows, task.strips, strip);
     const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - first;
+    const __mmask16 rows = static_cast<__mmask16>((1u << count) - 1);
     char* to = static_cast<char*>(task.packed) + first * task.padded_depth * 2;
-    for (std::int64_t i = 0; i < count; ++i) {
-        const float* from = task.inputs + (first + i) * task.input_stride;
-        for (std::int64_t k = 0; k < task.padded_depth; k += kLanes) {
-            const __m256bh rounded = _mm512_cvtneps_pbh(load_up_to(from + k, most_of(0, task.depth - k)).v);
-            std::uint32_t words[kLanes / 2];
-            std::memcpy(words, &rounded, sizeof words);
-            const std::int64_t pairs = least_of(kLanes, task.padded_depth - k) / 2;
-            for (std::int64_t j = 0; j < pairs; ++j) {
-                std::memcpy(to + ((k / 2 + j) * count + i) * 4, &words[j], 4);
-            }
+    const float* from = task.inputs + first * task.input_stride;
+    for (std::int64_t k = 0; k < task.padded_depth; k += kPairDepth) {
+        __m512i words[16];
+#pragma GCC unroll 16
+        for (std::int64_t i = 0; i < 16; ++i) {
+            words[i] = _mm512_setzero_si512();
+            if (i < count) words[i] = rounded_words(from + i * task.input_stride + k, task.depth - k);
         }
+        if (count == 1) {
+            _mm512_storeu_si512(to + k * 2, words[0]);
+            continue;
+        }
+        transpose_sixteen(words);
+#pragma GCC unroll 16
+        for (std::int64_t t = 0; t < 16; ++t) _mm512_mask_storeu_epi32(to + (k / 2 + t) * count * 4, rows, words[t]);
     }
 }
 
