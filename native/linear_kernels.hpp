@@ -146,6 +146,10 @@ void multiply_panels(const LinearTask& task, std::int64_t first_strip, std::int6
                           depth_start == 0 ? Start::kStore : Start::kAdd};
         if (direct) {
             multiply_packed<P>(count, depth, rows, PairColumns{narrow_from, panel_elements}, result);
+        } else if (widened && strip == first_strip) {
+            const WidenedColumns asking{columns, reinterpret_cast<const char*>(narrow_from), panel_elements * 2,
+                                        kDepthBlock * kPanelColumns * 2};
+            multiply_packed<P>(count, depth, rows, asking, result);
         } else {
             multiply_packed<P>(count, depth, rows, columns, result);
         }

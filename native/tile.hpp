@@ -46,6 +46,19 @@ struct WideColumns {
     }
 };
 
+// The same, made from pairs of bf16 that lie in `pairs`; the pairs `ahead` bytes behind those are asked for meanwhile.
+struct WidenedColumns {
+    WideColumns columns;
+    const char* pairs;
+    std::int64_t panel_bytes, ahead;
+    TANDEM_INLINE Lanes at(std::int64_t depth, int panel) const {
+        if (depth % 2 == 0) _mm_prefetch(pairs + depth * 32 + panel * panel_bytes + ahead, _MM_HINT_T1);
+        return columns.at(depth, panel);
+    }
+};
+
+constexpr std::int64_t kPairsAhead = 4096;  // bytes: weights come from memory
+
 // Columns as pairs of bf16, [depth / 2][16][2] a panel.
 struct PairColumns {
     const std::uint16_t* from;
@@ -109,7 +122,10 @@ void multiply_tile(std::int64_t depth, Rows rows, PairColumns columns, Sums resu
         Lanes firsts[P], seconds[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-            widen_pairs(columns.from + k * 16 + p * columns.panel_stride, firsts[p], seconds[p]);
+            const std::uint16_t* from = columns.from + k * 16 + p * columns.panel_stride;
+            // One row waits for memory alone: the processor's own reading ahead keeps up.
+            if constexpr (M > 1) _mm_prefetch(reinterpret_cast<const char*>(from) + kPairsAhead, _MM_HINT_T1);
+            widen_pairs(from, firsts[p], seconds[p]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
