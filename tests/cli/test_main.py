@@ -46,12 +46,12 @@ def test_help_is_success(words: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_the_printed_configuration_is_a_file_that_can_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["decode", "--print-config", "--loop", "normal", "--cache.page-tokens", "32"]) == 0
+    assert main(["decode", "--print-config", "--loop", "normal", "--cache.page-tokens", "64"]) == 0
     text = capsys.readouterr().out
-    assert tomllib.loads(text)["cache"]["page_tokens"] == 32
+    assert tomllib.loads(text)["cache"]["page_tokens"] == 64
     file = tmp_path / "decode.toml"
     file.write_text(text)
-    flags = ["--loop", "normal", "--cache.page-tokens", "32"]
+    flags = ["--loop", "normal", "--cache.page-tokens", "64"]
     assert load("decode", ["--config", str(file)], {}) == load("decode", flags, {})
 
 

@@ -65,7 +65,7 @@ def test_bad_requests_are_refused_and_disturb_nobody(service: Service, oracle: O
 @pytest.mark.parametrize(
     ("role", "flags", "reason"),
     [
-        ("decode", ("--cache.page-tokens", "32"), "page"),
+        ("decode", ("--cache.page-tokens", "64"), "page"),
         ("decode", ("--model.dtype", "bfloat16"), "dtype"),
     ],
 )
