@@ -99,16 +99,6 @@ void weigh_wide(std::int64_t pairs, StridedWords weights, const PairedValues& co
 
 constexpr int kWideRows = 7;  // 28 accumulators of 32 registers
 
-template <int M = kWideRows>
-TANDEM_INLINE void weigh_wide_rows(std::int64_t num_rows, std::int64_t pairs, StridedWords weights,
-                                   const PairedValues& columns, Sums result) {
-    if (num_rows == M) {
-        weigh_wide<M>(pairs, weights, columns, result);
-    } else if constexpr (M > 1) {
-        weigh_wide_rows<M - 1>(num_rows, pairs, weights, columns, result);
-    }
-}
-
 struct PairArithmetic {
     static void take_query(const float* from, std::int64_t dim, std::int64_t padded, float scale, float* to) {
         for (std::int64_t d = 0; d < padded; d += kLanes) {
@@ -167,7 +157,9 @@ struct PairArithmetic {
             return Sums{result.to + from, result.row_stride, result.panel_stride, result.start};
         };
         for (; rows <= kWideRows && d + 2 * kPairDims <= dim; d += 2 * kPairDims) {
-            weigh_wide_rows(rows, pairs, weights, columns(d), part(d));
+            with_rows<kWideRows>(rows, [&](auto count) {
+                weigh_wide<count()>(pairs, weights, columns(d), part(d));
+            });
         }
         for (; d < dim; d += kPairDims) dot_rows<2>(rows, pairs, weights, columns(d), part(d));
     }

@@ -34,29 +34,47 @@ TANDEM_INLINE VisibleKeys visible_keys(const AttendTask& task, const AttendItem&
     return keys;
 }
 
+// Where keys of one item's row and KV head lie; their values are `side_bytes` behind them.
+class KeysOfRow {
+public:
+    const std::int64_t page_tokens, slot_bytes, side_bytes;
+
+    KeysOfRow(const AttendTask& task, const AttendItem& item)
+        : page_tokens(task.pool.page_tokens),
+          slot_bytes(slot_bytes_of(task.pool)),
+          side_bytes(task.pool.kv_heads * page_tokens * slot_bytes),
+          page_bytes_(task.pool.layers * 2 * side_bytes),
+          pages_(task.page_table + item.row * task.page_table_stride),
+          own_(static_cast<const char*>(task.pool.data) + task.layer * 2 * side_bytes +
+               item.kv_head * page_tokens * slot_bytes) {}
+
+    TANDEM_INLINE const char* at(std::int64_t page, std::int64_t slot) const {
+        return own_ + pages_[page] * page_bytes_ + slot * slot_bytes;
+    }
+
+private:
+    const std::int64_t page_bytes_;
+    const std::int64_t* const pages_;
+    const char* const own_;
+};
+
 TANDEM_INLINE void find_places(const AttendTask& task, const AttendItem& item, const VisibleKeys& keys,
                                BlockPlaces& places) {
-    const Pool& pool = task.pool;
-    const std::int64_t* pages = task.page_table + item.row * task.page_table_stride;
-    const std::int64_t slot_bytes = slot_bytes_of(pool);
-    const std::int64_t head_bytes = pool.page_tokens * slot_bytes, side_bytes = pool.kv_heads * head_bytes;
-    const std::int64_t page_bytes = pool.layers * 2 * side_bytes;
-    const char* own = static_cast<const char*>(pool.data) + task.layer * 2 * side_bytes + item.kv_head * head_bytes;
-    std::int64_t page = keys.low / pool.page_tokens;
-    std::int64_t slot = keys.low - page * pool.page_tokens;
-    const char* start = own + pages[page] * page_bytes;
+    const KeysOfRow row(task, item);
+    std::int64_t page = keys.low / row.page_tokens;
+    std::int64_t slot = keys.low - page * row.page_tokens;
     const std::int64_t first = keys.low - keys.block_start, last = keys.end - keys.block_start;
     for (std::int64_t j = 0; j < first; ++j) places.keys[j] = places.values[j] = kZeros;
     for (std::int64_t j = first; j < last;) {
-        if (slot == pool.page_tokens) {
-            start = own + pages[++page] * page_bytes;
+        if (slot == row.page_tokens) {
+            ++page;
             slot = 0;
         }
-        const char* from = start + slot * slot_bytes;
-        const std::int64_t count = least_of(last - j, pool.page_tokens - slot);
-        for (std::int64_t i = 0; i < count; ++i, ++j, from += slot_bytes) {
+        const char* from = row.at(page, slot);
+        const std::int64_t count = least_of(last - j, row.page_tokens - slot);
+        for (std::int64_t i = 0; i < count; ++i, ++j, from += row.slot_bytes) {
             places.keys[j] = from;
-            places.values[j] = from + side_bytes;
+            places.values[j] = from + row.side_bytes;
         }
         slot += count;
     }
@@ -118,17 +136,12 @@ constexpr std::int64_t kPanelsAtOnce = 3;  // of an item's first keys, asked for
 TANDEM_INLINE void ask_for_translations(const AttendTask& task, const AttendItem& item, std::int64_t block) {
     constexpr std::int64_t memory_page = 4096;
     const VisibleKeys keys = visible_keys(task, item, block);
-    const Pool& pool = task.pool;
-    const std::int64_t slot_bytes = slot_bytes_of(pool), head_bytes = pool.page_tokens * slot_bytes;
-    const std::int64_t side_bytes = pool.kv_heads * head_bytes;
-    const char* own = static_cast<const char*>(pool.data) + task.layer * 2 * side_bytes + item.kv_head * head_bytes;
-    const std::int64_t* pages = task.page_table + item.row * task.page_table_stride;
-    const std::int64_t step = least_of(pool.page_tokens, most_of(1, memory_page / slot_bytes));
+    const KeysOfRow row(task, item);
+    const std::int64_t step = least_of(row.page_tokens, most_of(1, memory_page / row.slot_bytes));
     for (std::int64_t key = keys.low; key < keys.end; key += step) {
-        const std::int64_t page = key / pool.page_tokens, slot = key - page * pool.page_tokens;
-        const char* from = own + pages[page] * pool.layers * 2 * side_bytes + slot * slot_bytes;
+        const char* from = row.at(key / row.page_tokens, key % row.page_tokens);
         _mm_prefetch(from, _MM_HINT_T1);
-        _mm_prefetch(from + side_bytes, _MM_HINT_T1);
+        _mm_prefetch(from + row.side_bytes, _MM_HINT_T1);
     }
 }
 

@@ -106,38 +106,21 @@ void dot_tile(std::int64_t pairs, Rows rows, Columns columns, Sums result) {
     end_sums(sums, result);
 }
 
-template <int P, int M = kStripRows, class Columns>
+template <int P, class Columns>
 TANDEM_INLINE void dot_packed(std::int64_t num_rows, std::int64_t pairs, const char* rows, Columns columns,
                               Sums result) {
-    if (num_rows == M) {
-        dot_tile<M, P>(pairs, PackedWords<M>{rows}, columns, result);
-    } else if constexpr (M > 1) {
-        dot_packed<P, M - 1>(num_rows, pairs, rows, columns, result);
-    }
-}
-
-template <int P, int M = kStripRows, class Columns>
-TANDEM_INLINE void dot_strip(std::int64_t num_rows, std::int64_t pairs, StridedWords rows, Columns columns,
-                             Sums result) {
-    if (num_rows == M) {
-        dot_tile<M, P>(pairs, rows, columns, result);
-    } else if constexpr (M > 1) {
-        dot_strip<P, M - 1>(num_rows, pairs, rows, columns, result);
-    }
+    with_rows<kStripRows>(num_rows, [&](auto count) {
+        dot_tile<count(), P>(pairs, PackedWords<count()>{rows}, columns, result);
+    });
 }
 
 // Any number of rows, as they lie, by P panels.
 template <int P, class Columns>
 TANDEM_INLINE void dot_rows(std::int64_t num_rows, std::int64_t pairs, StridedWords rows, Columns columns,
                             Sums result) {
-    const std::int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
-    for (std::int64_t strip = 0; strip < strips; ++strip) {
-        const std::int64_t first = strip_start(num_rows, strips, strip);
-        const std::int64_t count = strip_start(num_rows, strips, strip + 1) - first;
-        Sums part = result;
-        part.to += first * result.row_stride;
-        dot_strip<P>(count, pairs, StridedWords{rows.from + first * rows.stride, rows.stride}, columns, part);
-    }
+    over_strips(num_rows, rows, result, [&](auto count, StridedWords strip, const Sums& part) {
+        dot_tile<count(), P>(pairs, strip, columns, part);
+    });
 }
 
 }  // namespace

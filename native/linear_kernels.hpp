@@ -93,22 +93,14 @@ void interleave_rows(const float* from, std::int64_t stride, std::int64_t depth,
     }
 }
 
-template <int M = kStripRows>
-TANDEM_INLINE void interleave(std::int64_t num_rows, const float* from, std::int64_t stride, std::int64_t depth,
-                              float* to) {
-    if (num_rows == M) {
-        interleave_rows<M>(from, stride, depth, to);
-    } else if constexpr (M > 1) {
-        interleave<M - 1>(num_rows, from, stride, depth, to);
-    }
-}
-
 void strip_of_floats(const StripTask& task, std::int64_t strip) {
     const std::int64_t first = strip_start(task.rows, task.strips, strip);
     const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - first;
     const float* from = task.inputs + first * task.input_stride;
     float* to = static_cast<float*>(task.packed) + first * task.padded_depth;
-    interleave(count, from, task.input_stride, task.depth, to);
+    with_rows<kStripRows>(count, [&](auto rows) {
+        interleave_rows<rows()>(from, task.input_stride, task.depth, to);
+    });
     for (std::int64_t i = task.depth * count; i < task.padded_depth * count; ++i) to[i] = 0.0f;
 }
 

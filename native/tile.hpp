@@ -4,6 +4,8 @@
 // does not depend on M, on P, on the other rows, nor on where its operands lie.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.hpp"
 #include "lanes.hpp"
 
@@ -143,25 +145,23 @@ void multiply_tile(std::int64_t depth, Rows rows, PairColumns columns, Sums resu
     end_sums(sums, result);
 }
 
-// Packed rows: M is part of how they lie.
-template <int P, int M = kStripRows, class Columns>
-TANDEM_INLINE void multiply_packed(std::int64_t num_rows, std::int64_t depth, const float* rows, Columns columns,
-                                   Sums result) {
-    if (num_rows == M) {
-        multiply_tile<M, P>(depth, PackedRows<M>{rows}, columns, result);
-    } else if constexpr (M > 1) {
-        multiply_packed<P, M - 1>(num_rows, depth, rows, columns, result);
+// Call `use` with a number of rows, 1 to `kMost`, as a constant.
+template <int kMost, class Use>
+TANDEM_INLINE void with_rows(std::int64_t num_rows, const Use& use) {
+    if (num_rows == kMost) {
+        use(std::integral_constant<int, kMost>());
+    } else if constexpr (kMost > 1) {
+        with_rows<kMost - 1>(num_rows, use);
     }
 }
 
-template <int P, int M = kStripRows, class Columns>
-TANDEM_INLINE void multiply_strip(std::int64_t num_rows, std::int64_t depth, StridedRows rows, Columns columns,
-                                  Sums result) {
-    if (num_rows == M) {
-        multiply_tile<M, P>(depth, rows, columns, result);
-    } else if constexpr (M > 1) {
-        multiply_strip<P, M - 1>(num_rows, depth, rows, columns, result);
-    }
+// Packed rows: their number is part of how they lie.
+template <int P, class Columns>
+TANDEM_INLINE void multiply_packed(std::int64_t num_rows, std::int64_t depth, const float* rows, Columns columns,
+                                   Sums result) {
+    with_rows<kStripRows>(num_rows, [&](auto count) {
+        multiply_tile<count(), P>(depth, PackedRows<count()>{rows}, columns, result);
+    });
 }
 
 // First row of a strip where `rows` are cut into `strips` of nearly equal size.
@@ -169,18 +169,27 @@ TANDEM_INLINE std::int64_t strip_start(std::int64_t rows, std::int64_t strips, s
     return rows * strip / strips;
 }
 
+// Cut any number of rows into strips; `use` gets the number of a strip's rows as a constant, those rows and their sums.
+template <class Rows, class Use>
+TANDEM_INLINE void over_strips(std::int64_t num_rows, Rows rows, const Sums& result, const Use& use) {
+    const std::int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
+    for (std::int64_t strip = 0; strip < strips; ++strip) {
+        const std::int64_t first = strip_start(num_rows, strips, strip);
+        Sums part = result;
+        part.to += first * result.row_stride;
+        with_rows<kStripRows>(strip_start(num_rows, strips, strip + 1) - first, [&](auto count) {
+            use(count, Rows{rows.from + first * rows.stride, rows.stride}, part);
+        });
+    }
+}
+
 // Any number of rows, as they lie, by P panels.
 template <int P, class Columns>
 TANDEM_INLINE void multiply_rows(std::int64_t num_rows, std::int64_t depth, StridedRows rows, Columns columns,
                                  Sums result) {
-    const std::int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
-    for (std::int64_t strip = 0; strip < strips; ++strip) {
-        const std::int64_t first = strip_start(num_rows, strips, strip);
-        const std::int64_t count = strip_start(num_rows, strips, strip + 1) - first;
-        Sums part = result;
-        part.to += first * result.row_stride;
-        multiply_strip<P>(count, depth, {rows.from + first * rows.stride, rows.stride}, columns, part);
-    }
+    over_strips(num_rows, rows, result, [&](auto count, StridedRows strip, const Sums& part) {
+        multiply_tile<count(), P>(depth, strip, columns, part);
+    });
 }
 
 }  // namespace
