@@ -9,6 +9,7 @@ import torch
 
 from tandem.engine.native.memory import NativePages
 from tests.engine.ops_cpu_cases import library, operators
+from tests.mappings import mapping_at
 
 HUGE = 2 << 20
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -16,15 +17,7 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def flags_at(address: int) -> set[str]:
     """VmFlags of the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head, _, rest = line.partition(" ")
-        if "-" in head and not head.endswith(":"):
-            low, high = (int(bound, 16) for bound in head.split("-"))
-            inside = low <= address < high
-        elif inside and head == "VmFlags:":
-            return set(rest.split())
-    return set()
+    return set(mapping_at(address).get("VmFlags:", "").split())
 
 
 def test_advice_is_given() -> None:

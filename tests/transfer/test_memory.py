@@ -23,6 +23,7 @@ from tandem.transfer.huge_pages import (
 )
 from tandem.transfer.memory import PoolMemory, common_pages, describe_pages, reserve_pool
 from tandem.transfer.pages import PageSpace
+from tests.mappings import mapping_at
 
 SIZE = 3 * HUGE_PAGE_BYTES + 4096  # 4 huge pages
 RESERVED = "sys/kernel/mm/hugepages/hugepages-2048kB"
@@ -139,17 +140,7 @@ def test_more_huge_pages_than_there_are_is_an_error_not_a_signal() -> None:
 
 def _smaps(view: memoryview) -> dict[str, str]:
     """What the kernel says of the mapping that a view is of."""
-    found: dict[str, str] = {}
-    address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head, _, rest = line.partition(" ")
-        if "-" in head and not head.endswith(":"):
-            low, high = (int(bound, 16) for bound in head.split("-"))
-            inside = low <= address < high
-        elif inside:
-            found[head] = rest.strip()
-    return found
+    return mapping_at(int(np.frombuffer(view, dtype=np.uint8).ctypes.data))
 
 
 # ---- what is chosen ------------------------------------------------------------------------------------------------
