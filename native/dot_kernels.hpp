@@ -41,75 +41,42 @@ void strip_of_pairs(const StripTask& task, std::int64_t strip) {
     }
 }
 
-// P panels over one block of the depth. `ahead`: bytes from these weights to those that are needed next.
-template <int P>
+constexpr std::int64_t kAheadBytes = kDepthBlock * kPanelColumns * 2;  // the next block: half as much costs a third
+constexpr std::int64_t kOwnReadingRows = 2;  // so few rows wait for memory alone: the processor's own reading keeps up
+
+// One panel over one block of the depth.
 TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std::int64_t panel,
-                             std::int64_t depth_start, std::int64_t ahead, float* sums) {
-    const std::int64_t padded = task.shape.padded_depth, panel_elements = padded * kPanelColumns;
+                             std::int64_t depth_start, float* sums) {
+    const std::int64_t padded = task.shape.padded_depth;
     const std::int64_t depth = least_of(kDepthBlock, padded - depth_start);
-    const std::int64_t panel_stride = part.num_rows * kPanelColumns;
-    const std::uint16_t* from =
-        static_cast<const std::uint16_t*>(task.weights) + panel * panel_elements + depth_start * kPanelColumns;
-    const WordColumns columns{from, kPanelColumns, panel_elements / 2};
+    const WordColumns columns{
+        static_cast<const std::uint16_t*>(task.weights) + (panel * padded + depth_start) * kPanelColumns,
+        kPanelColumns, 0};
     const std::int64_t strips = part.last_strip - part.first_strip;
     const std::int64_t turns = strips >= 4 ? 4 : strips >= 2 ? 2 : 1;
     for (std::int64_t strip = part.first_strip; strip < part.last_strip; ++strip) {
         const std::int64_t start = strip_start(task.rows, task.strips, strip);
         const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - start;
         const char* rows = static_cast<const char*>(task.strips_packed) + (start * padded + depth_start * count) * 2;
-        float* to = sums + (panel - part.first_panel) * panel_stride + (start - part.first_row) * kPanelColumns;
-        const Sums result{to, kPanelColumns, panel_stride, depth_start == 0 ? Start::kStore : Start::kAdd};
+        float* to = sums + ((panel - part.first_panel) * part.num_rows + start - part.first_row) * kPanelColumns;
+        const Sums result{to, kPanelColumns, 0, depth_start == 0 ? Start::kStore : Start::kAdd};
         const std::int64_t turn = strip - part.first_strip;
-        if (turn < turns) {
-            dot_packed<P>(count, depth / 2, rows, AheadColumns{columns, ahead, turn, turns}, result);
+        if (turn < turns && part.num_rows > kOwnReadingRows) {
+            dot_packed(count, depth / 2, rows, AheadColumns{columns, kAheadBytes, turn, turns}, result);
         } else {
-            dot_packed<P>(count, depth / 2, rows, columns, result);
+            dot_packed(count, depth / 2, rows, columns, result);
         }
     }
 }
 
-constexpr std::int64_t kAheadBytes = 6144;   // of all panels together; half or twice as much costs a step some percent
-constexpr std::int64_t kFourPanelRows = 4;  // so few rows that four panels' sums fit into registers
-
-// One strip: each panel from its beginning to its end, as it lies in memory.
-template <int P>
-TANDEM_INLINE std::int64_t dot_panels_of_strip(const LinearTask& task, const LinearPart& part, std::int64_t panel,
-                                               float* sums) {
-    for (; panel + P <= part.last_panel; panel += P) {
-        for (std::int64_t depth = 0; depth < task.shape.padded_depth; depth += kDepthBlock) {
-            dot_block<P>(task, part, panel, depth, kAheadBytes / P, sums);
-        }
-    }
-    return panel;
-}
-
-// Several strips: a block of the depth for all panels and strips, so that the strips' part stays in the cache.
-template <int P>
-TANDEM_INLINE std::int64_t dot_panels(const LinearTask& task, const LinearPart& part, std::int64_t panel,
-                                      std::int64_t depth_start, float* sums) {
-    const std::int64_t panel_bytes = task.shape.padded_depth * kPanelColumns * 2;
-    for (; panel + P <= part.last_panel; panel += P) {
-        std::int64_t ahead = P * panel_bytes;
-        if (panel + P == part.last_panel && depth_start + kDepthBlock < task.shape.padded_depth) {
-            ahead = (part.first_panel - panel) * panel_bytes + kDepthBlock * kPanelColumns * 2;
-        }
-        dot_block<P>(task, part, panel, depth_start, ahead, sums);
-    }
-    return panel;
-}
-
+// Weights are read as they lie, one stream of memory, whatever the number of rows: several panels side by side would
+// save reading rows, but several streams come in at four fifths of the rate.
 void linear_of_pairs(const LinearTask& task, std::int64_t number, float* scratch) {
     const LinearPart part = part_of(task, number);
-    if (part.last_strip - part.first_strip == 1) {
-        std::int64_t panel = part.first_panel;
-        if (part.num_rows <= kFourPanelRows) panel = dot_panels_of_strip<4>(task, part, panel, scratch);
-        panel = dot_panels_of_strip<2>(task, part, panel, scratch);
-        dot_panels_of_strip<1>(task, part, panel, scratch);
-        return finish(task, part, scratch);
-    }
-    for (std::int64_t depth_start = 0; depth_start < task.shape.padded_depth; depth_start += kDepthBlock) {
-        const std::int64_t panel = dot_panels<2>(task, part, part.first_panel, depth_start, scratch);
-        dot_panels<1>(task, part, panel, depth_start, scratch);
+    for (std::int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {
+        for (std::int64_t depth = 0; depth < task.shape.padded_depth; depth += kDepthBlock) {
+            dot_block(task, part, panel, depth, scratch);
+        }
     }
     finish(task, part, scratch);
 }

@@ -73,18 +73,14 @@ struct WordColumns {
     }
 };
 
-// The same, and what lies `ahead` bytes behind them is asked for: weights come from memory. Strips that use the same
+// One panel, and what lies `ahead` bytes behind it is asked for: weights come from memory. Strips that use the same
 // columns share that, pair by pair: strip `turn` asks where pair modulo `turns` (a power of two) is its number.
 struct AheadColumns {
     WordColumns columns;
     std::int64_t ahead, turn, turns;
-    template <int P>
-    TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[P]) const {
+    TANDEM_INLINE void take(std::int64_t pair, __m512i (&words)[1]) const {
         const char* next = static_cast<const char*>(columns.from) + pair * columns.pair_stride * 4 + ahead;
-        if ((pair & (turns - 1)) == turn) {
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) _mm_prefetch(next + p * columns.panel_stride * 4, _MM_HINT_T1);
-        }
+        if ((pair & (turns - 1)) == turn) _mm_prefetch(next, _MM_HINT_T1);
         columns.take(pair, words);
     }
 };
@@ -106,11 +102,12 @@ void dot_tile(std::int64_t pairs, Rows rows, Columns columns, Sums result) {
     end_sums(sums, result);
 }
 
-template <int P, class Columns>
+// Packed rows by one panel.
+template <class Columns>
 TANDEM_INLINE void dot_packed(std::int64_t num_rows, std::int64_t pairs, const char* rows, Columns columns,
                               Sums result) {
     with_rows<kStripRows>(num_rows, [&](auto count) {
-        dot_tile<count(), P>(pairs, PackedWords<count()>{rows}, columns, result);
+        dot_tile<count(), 1>(pairs, PackedWords<count()>{rows}, columns, result);
     });
 }
 

@@ -195,7 +195,7 @@ struct LinearPart {
     std::int64_t first_strip, last_strip, first_row, num_rows, first_panel, last_panel;
 };
 
-// Tasks of one block of rows follow each other, so that its strips stay in the shared cache.
+// Tasks of one block of rows follow each other, so that a thread's strips stay in the caches.
 TANDEM_INLINE LinearPart part_of(const LinearTask& task, std::int64_t number) {
     const std::int64_t groups = (task.shape.panels + task.panels_per_task - 1) / task.panels_per_task;
     LinearPart part;
@@ -238,7 +238,7 @@ void linear_of_floats(const LinearTask& task, std::int64_t number, float* scratc
         if (part.num_rows == 1) {  // four chains of additions at once hide each other's latency
             panel = multiply_some_panels<4>(task, part, panel, depth_start, scratch, false, wide);
         }
-        if (part.num_rows <= 3 || kWidePanels == 2) {
+        if (part.num_rows <= 2 || kWidePanels == 2) {
             panel = multiply_some_panels<2>(task, part, panel, depth_start, scratch, widened, wide);
         }
         multiply_some_panels<1>(task, part, panel, depth_start, scratch, widened, wide);

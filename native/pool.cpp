@@ -53,16 +53,7 @@ void ThreadPool::run(const std::vector<Phase>& phases) {
     bool shared = false;
     for (const Phase& phase : phases) shared = shared || phase.tasks > 1;
     if (!shared || workers_.empty()) return run_alone(phases);
-    if (progress_size_ < phases.size()) {
-        progress_size_ = phases.size() * 2;
-        progress_ = std::make_unique<Progress[]>(progress_size_);
-    }
-    for (std::size_t i = 0; i < phases.size(); ++i) {
-        progress_[i].next.store(0, std::memory_order_relaxed);
-        progress_[i].done.store(0, std::memory_order_relaxed);
-        progress_[i].busy.store(0, std::memory_order_relaxed);
-    }
-    phases_ = &phases;
+    begin(phases);
     const Clock::time_point began = profiling_ ? Clock::now() : Clock::time_point();
     ticket_.fetch_add(1);
     if (sleeping_.load() > 0) wake_all(ticket_);
@@ -70,6 +61,21 @@ void ThreadPool::run(const std::vector<Phase>& phases) {
     ticket_.fetch_add(1);
     wait_until([this] { return joined_.load() == 0; });
     if (profiling_) add_to_profile(began);
+}
+
+void ThreadPool::begin(const std::vector<Phase>& phases) {
+    const std::size_t ranges = static_cast<std::size_t>(threads());
+    if (progress_size_ < phases.size()) {
+        progress_size_ = phases.size() * 2;
+        progress_ = std::make_unique<Progress[]>(progress_size_);
+        taken_ = std::make_unique<std::atomic<std::int64_t>[]>(progress_size_ * ranges);
+    }
+    for (std::size_t i = 0; i < phases.size(); ++i) {
+        progress_[i].done.store(0, std::memory_order_relaxed);
+        progress_[i].busy.store(0, std::memory_order_relaxed);
+    }
+    for (std::size_t i = 0; i < phases.size() * ranges; ++i) taken_[i].store(0, std::memory_order_relaxed);
+    phases_ = &phases;
 }
 
 void ThreadPool::run_alone(const std::vector<Phase>& phases) {
@@ -89,16 +95,31 @@ void ThreadPool::work(int thread) {
         Progress& progress = progress_[i];
         const std::int64_t tasks = phases[i].tasks;
         const Clock::time_point began = timed ? Clock::now() : Clock::time_point();
-        for (;;) {
-            const std::int64_t task = progress.next.fetch_add(1, std::memory_order_relaxed);
-            if (task >= tasks) break;
-            phases[i].run(task, thread);
-            const bool last = progress.done.fetch_add(1, std::memory_order_release) + 1 == tasks;
+        if (const std::int64_t ran = run_tasks(i, thread); ran > 0) {
+            const bool last = progress.done.fetch_add(ran, std::memory_order_release) + ran == tasks;
             if (timed && last) progress.ended = Clock::now();
         }
         if (timed) progress.busy.fetch_add((Clock::now() - began).count(), std::memory_order_relaxed);
         wait_until([&] { return progress.done.load(std::memory_order_acquire) == tasks; });
     }
+}
+
+// Run tasks of a phase until all have begun: those of the thread's own range, then those of the ranges after it.
+std::int64_t ThreadPool::run_tasks(std::size_t phase, int thread) {
+    const std::int64_t tasks = (*phases_)[phase].tasks, ranges = threads();
+    std::atomic<std::int64_t>* taken = &taken_[phase * static_cast<std::size_t>(ranges)];
+    std::int64_t ran = 0;
+    for (std::int64_t turn = 0; turn < ranges; ++turn) {
+        const std::int64_t range = (thread + turn) % ranges;
+        const std::int64_t first = tasks * range / ranges, size = tasks * (range + 1) / ranges - first;
+        while (taken[range].load(std::memory_order_relaxed) < size) {
+            const std::int64_t task = taken[range].fetch_add(1, std::memory_order_relaxed);
+            if (task >= size) break;
+            (*phases_)[phase].run(first + task, thread);
+            ++ran;
+        }
+    }
+    return ran;
 }
 
 void ThreadPool::serve(int thread) {

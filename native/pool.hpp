@@ -29,6 +29,8 @@ enum class Kind {
 constexpr std::size_t kKinds = static_cast<std::size_t>(Kind::kOther) + 1;
 
 // Tasks that may run at once, in any order, on any thread. A phase begins when all tasks of the one before are done.
+// Each thread has a range of neighbouring tasks, which it does in order before it takes what others have left of theirs:
+// what lies in memory in the order of the tasks then comes in as one stream a thread.
 struct Phase {
     Kind kind;
     std::int64_t tasks;
@@ -65,14 +67,15 @@ public:
 private:
     using Clock = std::chrono::steady_clock;
     struct alignas(64) Progress {
-        std::atomic<std::int64_t> next{0};
-        alignas(64) std::atomic<std::int64_t> done{0};
+        std::atomic<std::int64_t> done{0};
         std::atomic<std::int64_t> busy{0};  // nanoseconds of all threads, if they are timed
-        Clock::time_point ended{};          // written by the thread that did the last task
+        Clock::time_point ended{};          // written by the thread that was the last with a task
     };
 
+    void begin(const std::vector<Phase>& phases);
     void run_alone(const std::vector<Phase>& phases);
     void work(int thread);
+    std::int64_t run_tasks(std::size_t phase, int thread);
     void serve(int thread);
     void add_to_profile(Clock::time_point began);
     void add(Kind kind, Clock::duration seconds, Clock::duration busy);
@@ -80,6 +83,7 @@ private:
     const std::int64_t spin_nanoseconds_;
     const std::vector<Phase>* phases_ = nullptr;
     std::unique_ptr<Progress[]> progress_;
+    std::unique_ptr<std::atomic<std::int64_t>[]> taken_;  // [phase][range]: tasks that a thread has begun
     std::size_t progress_size_ = 0;
     bool profiling_ = false;
     Profile profile_{};
