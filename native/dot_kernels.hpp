@@ -41,7 +41,9 @@ void strip_of_pairs(const StripTask& task, std::int64_t strip) {
     }
 }
 
-constexpr std::int64_t kAheadBytes = kDepthBlock * kPanelColumns * 2;  // the next block: half as much costs a third
+// How far ahead weights are asked for. Several strips use a block one after another, so it is the next one then.
+constexpr std::int64_t kStripAheadBytes = 7168;
+constexpr std::int64_t kBlockAheadBytes = kDepthBlock * kPanelColumns * 2;
 constexpr std::int64_t kOwnReadingRows = 2;  // so few rows wait for memory alone: the processor's own reading keeps up
 
 // One panel over one block of the depth.
@@ -54,6 +56,7 @@ TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std
         kPanelColumns, 0};
     const std::int64_t strips = part.last_strip - part.first_strip;
     const std::int64_t turns = strips >= 4 ? 4 : strips >= 2 ? 2 : 1;
+    const std::int64_t ahead = strips == 1 ? kStripAheadBytes : kBlockAheadBytes;
     for (std::int64_t strip = part.first_strip; strip < part.last_strip; ++strip) {
         const std::int64_t start = strip_start(task.rows, task.strips, strip);
         const std::int64_t count = strip_start(task.rows, task.strips, strip + 1) - start;
@@ -62,7 +65,7 @@ TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std
         const Sums result{to, kPanelColumns, 0, depth_start == 0 ? Start::kStore : Start::kAdd};
         const std::int64_t turn = strip - part.first_strip;
         if (turn < turns && part.num_rows > kOwnReadingRows) {
-            dot_packed(count, depth / 2, rows, AheadColumns{columns, kAheadBytes, turn, turns}, result);
+            dot_packed(count, depth / 2, rows, AheadColumns{columns, ahead, turn, turns}, result);
         } else {
             dot_packed(count, depth / 2, rows, columns, result);
         }
