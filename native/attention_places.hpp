@@ -194,8 +194,7 @@ public:
 private:
     // What this thread probably does next; null: nothing.
     const AttendItem* next_item() const {
-        const std::int64_t number = number_ + task_.threads;
-        return number < task_.num_items ? &task_.items[number] : nullptr;
+        return number_ + 1 < task_.num_items ? &task_.items[number_ + 1] : nullptr;
     }
 
     void ask_for_next_item() {

@@ -142,7 +142,6 @@ struct AttendTask {
     std::int64_t page_table_stride;
     const AttendItem* items;
     std::int64_t num_items;
-    int threads;
     float* partials;  // of each key block, see `partial_floats`
 };
 

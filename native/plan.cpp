@@ -160,7 +160,6 @@ void Plan::add_attend(Program& program, std::int64_t layer, std::int64_t window,
     task.page_table_stride = page_table_stride_;
     task.items = cut.items.data();
     task.num_items = static_cast<std::int64_t>(cut.items.size());
-    task.threads = runtime_.pool.threads();
     runtime_.partials.reserve(cut.partial_floats * 4);
     runtime_.need_scratch(attend_scratch(cut.rows_max, heads_.head_dim));
     program.push_back({Kind::kAttention, task.num_items, [task, this](std::int64_t number, int thread) {
