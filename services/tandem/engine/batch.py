@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -28,8 +29,7 @@ def build_batch(plan: Plan, page_tokens: int) -> PlanTokens:
     rows = plan.rows
     lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
     starts = np.array([row.start for row in rows], dtype=np.int64)
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = np.array([0, *accumulate(row.num_tokens for row in rows)], dtype=np.int64)
     num_pages = -(-(starts + lengths) // page_tokens)
     page_table = np.zeros((len(rows), int(num_pages.max())), dtype=np.int64)
     token_ids = np.zeros(int(offsets[-1]), dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tandem.core.messages.plans import Plan, Row, RowResult, Sample
@@ -74,7 +75,7 @@ class PlanRunner:
         if not sampled:
             return Launched(plan, (), torch.empty(0, dtype=torch.int64), {}, prompt_logprobs)
         numbers, samples = zip(*sampled, strict=True)
-        last = self._to_device([int(tokens.batch.offsets[number + 1]) - 1 for number in numbers])
+        last = self._to_device(tokens.batch.offsets[[number + 1 for number in numbers]] - 1)
         logits = self._logits(residual[last])
         drawn = torch.empty_like(last) if logits is None else sample_tokens(logits, samples)
         if self._links.tensor is not None:
@@ -146,8 +147,8 @@ class PlanRunner:
                 described += token_logprobs(logits, targets[part], [row.prompt_logprobs or 0] * len(logits))
         return tuple(described)
 
-    def _to_device(self, values: object) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(self._pool.device)
+    def _to_device(self, values: Sequence[int] | np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self._pool.device)
 
 
 def _logprobs(
