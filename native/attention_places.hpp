@@ -192,7 +192,7 @@ public:
     }
 
 private:
-    // What this thread probably does next; null: nothing.
+    // What this thread does next, unless somebody else takes it or its range ends; null: nothing.
     const AttendItem* next_item() const {
         return number_ + 1 < task_.num_items ? &task_.items[number_ + 1] : nullptr;
     }

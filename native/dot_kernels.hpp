@@ -73,7 +73,8 @@ TANDEM_INLINE void dot_block(const LinearTask& task, const LinearPart& part, std
 }
 
 // Weights are read as they lie, one stream of memory, whatever the number of rows: several panels side by side would
-// save reading rows, but several streams come in at four fifths of the rate.
+// save reading rows, but several streams come in at four fifths of the rate. One row's dot products wait for each other,
+// six cycles a line of weights; memory takes eight.
 void linear_of_pairs(const LinearTask& task, std::int64_t number, float* scratch) {
     const LinearPart part = part_of(task, number);
     for (std::int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {

@@ -58,7 +58,8 @@ struct Workspace {
 };
 
 // One layer's rows on their way through its experts. How many rows an expert gets is known when the program runs:
-// phases have as many tasks as there can be, and those that there are not do nothing.
+// phases have as many tasks as there can be, and those that there are not do nothing. They lie between the others, so
+// that each thread's range has its share of work.
 class ExpertsRun {
 public:
     ExpertsRun(Runtime& runtime, const Experts& experts, std::int64_t rows, Matrix inputs, Matrix outputs, bool add)
@@ -88,8 +89,8 @@ public:
 
     void route(std::int64_t row, int thread);
     void group();
-    void strip(int stage, std::int64_t number, int thread);
-    void multiply(int stage, std::int64_t number, int thread);
+    void strip(int stage, std::int64_t task_number, int thread);
+    void multiply(int stage, std::int64_t task_number, int thread);
     void combine(std::int64_t row, int thread);
 
 private:
@@ -102,9 +103,13 @@ private:
         return panels_per_task(runtime_, stages_[stage].linear.shape, used_max_);
     }
     LinearTask task_of(int stage, std::int64_t expert) const;
-    // The expert that number `number` of a prefix belongs to; -1 if there are not so many.
+    // The work that task `task` of `tasks` does, of as much as a prefix says that there is; -1: none.
+    std::int64_t work_of(const std::int64_t* prefix, std::int64_t task, std::int64_t tasks) const {
+        const std::int64_t number = task * prefix[experts_.count] / tasks;
+        return (task + 1) * prefix[experts_.count] / tasks > number ? number : -1;
+    }
+    // The expert that number `number` of a prefix belongs to.
     std::int64_t find(const std::int64_t* prefix, std::int64_t number) const {
-        if (number >= prefix[experts_.count]) return -1;
         return std::upper_bound(prefix, prefix + experts_.count + 1, number) - prefix - 1;
     }
 
@@ -182,9 +187,10 @@ void ExpertsRun::group() {
     }
 }
 
-void ExpertsRun::strip(int stage, std::int64_t number, int thread) {
+void ExpertsRun::strip(int stage, std::int64_t task_number, int thread) {
+    const std::int64_t number = work_of(work_.strips, task_number, strips_max());
+    if (number < 0) return;
     const std::int64_t expert = find(work_.strips, number);
-    if (expert < 0) return;
     const std::int64_t rows = work_.starts[expert + 1] - work_.starts[expert];
     const std::int64_t strips = work_.strips[expert + 1] - work_.strips[expert];
     const std::int64_t own = number - work_.strips[expert];
@@ -217,9 +223,10 @@ LinearTask ExpertsRun::task_of(int stage, std::int64_t expert) const {
     return task;
 }
 
-void ExpertsRun::multiply(int stage, std::int64_t number, int thread) {
+void ExpertsRun::multiply(int stage, std::int64_t task_number, int thread) {
+    const std::int64_t number = work_of(work_.tasks[stage], task_number, tasks_max(stage));
+    if (number < 0) return;
     const std::int64_t expert = find(work_.tasks[stage], number);
-    if (expert < 0) return;
     runtime_.kernels.linear(task_of(stage, expert), number - work_.tasks[stage][expert], runtime_.scratch(thread));
 }
 

@@ -54,7 +54,7 @@ struct LinearTask {
     const void* weights;
     const void* strips_packed;
     std::int64_t rows, strips;
-    std::int64_t strips_per_block, blocks;
+    std::int64_t strips_per_block;
     std::int64_t panels_per_task;
     const float* bias;  // [panels * 16] in packed order, or null
     float* outputs;

@@ -238,7 +238,7 @@ void linear_of_floats(const LinearTask& task, std::int64_t number, float* scratc
         if (part.num_rows == 1) {  // four chains of additions at once hide each other's latency
             panel = multiply_some_panels<4>(task, part, panel, depth_start, scratch, false, wide);
         }
-        if (part.num_rows <= 2 || kWidePanels == 2) {
+        if (part.num_rows <= 2 || kWidePanels == 2) {  // more rows are chains enough, and need the registers
             panel = multiply_some_panels<2>(task, part, panel, depth_start, scratch, widened, wide);
         }
         multiply_some_panels<1>(task, part, panel, depth_start, scratch, widened, wide);

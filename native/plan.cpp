@@ -137,10 +137,16 @@ const Plan::Tiles& Plan::tiles(std::int64_t window) {
     for (std::size_t row = 0; row < starts_.size(); ++row) {
         cut_row(tiles, static_cast<std::int64_t>(row), window, blocks_max);
     }
-    // The longest first: a thread that ends late ends little later than the others.
+    // The longest first, dealt out to the threads' ranges: a thread that ends late ends little later than the others.
     std::stable_sort(tiles.items.begin(), tiles.items.end(), [](const AttendItem& a, const AttendItem& b) {
         return a.num_blocks * a.num_tokens > b.num_blocks * b.num_tokens;
     });
+    const std::vector<AttendItem> sorted = std::move(tiles.items);
+    const std::size_t threads = static_cast<std::size_t>(runtime_.pool.threads());
+    tiles.items.clear();
+    for (std::size_t first = 0; first < threads; ++first) {
+        for (std::size_t i = first; i < sorted.size(); i += threads) tiles.items.push_back(sorted[i]);
+    }
     return tiles;
 }
 

@@ -93,9 +93,11 @@ void ThreadPool::work(int thread) {
     const bool timed = profiling_;
     for (std::size_t i = 0; i < phases.size(); ++i) {
         Progress& progress = progress_[i];
-        const std::int64_t tasks = phases[i].tasks;
+        const std::int64_t tasks = phases[i].tasks, ranges = std::min<std::int64_t>(tasks, threads());
         const Clock::time_point began = timed ? Clock::now() : Clock::time_point();
-        if (const std::int64_t ran = run_tasks(i, thread); ran > 0) {
+        for (std::int64_t turn = 0; turn < ranges; ++turn) {
+            const std::int64_t ran = run_range(i, (thread + turn) % ranges, ranges, thread);
+            if (ran == 0) continue;
             const bool last = progress.done.fetch_add(ran, std::memory_order_release) + ran == tasks;
             if (timed && last) progress.ended = Clock::now();
         }
@@ -104,20 +106,17 @@ void ThreadPool::work(int thread) {
     }
 }
 
-// Run tasks of a phase until all have begun: those of the thread's own range, then those of the ranges after it.
-std::int64_t ThreadPool::run_tasks(std::size_t phase, int thread) {
-    const std::int64_t tasks = (*phases_)[phase].tasks, ranges = threads();
-    std::atomic<std::int64_t>* taken = &taken_[phase * static_cast<std::size_t>(ranges)];
+// Run what nobody has begun yet of one of a phase's ranges; returns how many tasks that was.
+std::int64_t ThreadPool::run_range(std::size_t phase, std::int64_t range, std::int64_t ranges, int thread) {
+    const Phase& own = (*phases_)[phase];
+    const std::int64_t first = own.tasks * range / ranges, size = own.tasks * (range + 1) / ranges - first;
+    std::atomic<std::int64_t>& taken = taken_[phase * static_cast<std::size_t>(threads()) + static_cast<std::size_t>(range)];
     std::int64_t ran = 0;
-    for (std::int64_t turn = 0; turn < ranges; ++turn) {
-        const std::int64_t range = (thread + turn) % ranges;
-        const std::int64_t first = tasks * range / ranges, size = tasks * (range + 1) / ranges - first;
-        while (taken[range].load(std::memory_order_relaxed) < size) {
-            const std::int64_t task = taken[range].fetch_add(1, std::memory_order_relaxed);
-            if (task >= size) break;
-            (*phases_)[phase].run(first + task, thread);
-            ++ran;
-        }
+    while (taken.load(std::memory_order_relaxed) < size) {
+        const std::int64_t task = taken.fetch_add(1, std::memory_order_relaxed);
+        if (task >= size) break;
+        own.run(first + task, thread);
+        ++ran;
     }
     return ran;
 }

@@ -29,8 +29,8 @@ enum class Kind {
 constexpr std::size_t kKinds = static_cast<std::size_t>(Kind::kOther) + 1;
 
 // Tasks that may run at once, in any order, on any thread. A phase begins when all tasks of the one before are done.
-// Each thread has a range of neighbouring tasks, which it does in order before it takes what others have left of theirs:
-// what lies in memory in the order of the tasks then comes in as one stream a thread.
+// Each thread has a range of neighbouring tasks, which it does in order before it takes what others have left of
+// theirs: what lies in memory in the order of the tasks then comes in as one stream a thread.
 struct Phase {
     Kind kind;
     std::int64_t tasks;
@@ -69,13 +69,13 @@ private:
     struct alignas(64) Progress {
         std::atomic<std::int64_t> done{0};
         std::atomic<std::int64_t> busy{0};  // nanoseconds of all threads, if they are timed
-        Clock::time_point ended{};          // written by the thread that was the last with a task
+        Clock::time_point ended{};          // written by the thread that did the last task
     };
 
     void begin(const std::vector<Phase>& phases);
     void run_alone(const std::vector<Phase>& phases);
     void work(int thread);
-    std::int64_t run_tasks(std::size_t phase, int thread);
+    std::int64_t run_range(std::size_t phase, std::int64_t range, std::int64_t ranges, int thread);
     void serve(int thread);
     void add_to_profile(Clock::time_point began);
     void add(Kind kind, Clock::duration seconds, Clock::duration busy);

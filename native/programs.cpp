@@ -5,7 +5,7 @@
 namespace tandem {
 namespace {
 
-constexpr std::int64_t kBlockRows = 240;     // rows whose packed inputs are used by all panels before the next rows'
+constexpr std::int64_t kBlockRows = 240;     // rows that a task goes over: their packed inputs stay in the caches
 constexpr std::int64_t kTasksPerThread = 16; // so many that a thread which is late costs little
 constexpr std::int64_t kTaskElements = 1 << 14;
 

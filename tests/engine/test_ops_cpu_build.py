@@ -62,7 +62,7 @@ def test_build_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["", "_attention", "_bits", "_experts", "_profile", "_tiles"])
+@pytest.mark.parametrize("part", ["", "_attention", "_bits", "_experts", "_pool", "_profile", "_tiles"])
 def test_under_sanitizers(part: str) -> None:
     """The other tests of the operators, with addresses and undefined behaviour checked in every C++ line."""
     compiler = shutil.which("g++")

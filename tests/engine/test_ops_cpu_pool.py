@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+import pytest
 import torch
 
 from tests.engine.ops_cpu_cases import generator, operators
@@ -24,6 +25,23 @@ def test_an_idle_pool_uses_no_cpu() -> None:
         used = time.process_time() - before
         assert used < 0.1, "threads that spin would use as much as they get, several tenths of a second"
         assert torch.equal(linear(inputs), expected)  # and they wake up
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5, 8])
+def test_each_task_runs_once(threads: int) -> None:
+    """Fewer tasks than threads, as many, far more; a task that ran twice would add twice, one left out not at all."""
+    alone, together = operators("avx2", 1), operators("avx2", threads)
+    for outputs in (8, 100, 2000):
+        weight = torch.randn(outputs, 64, generator=generator(1))
+        one, many = (cpu.linear((weight,), (None,)) for cpu in (alone, together))
+        for rows in (1, 3, 13, 300):
+            inputs = torch.randn(rows, 64, generator=generator(2))
+            expected = torch.ones(rows, outputs)
+            one.add_to(expected, inputs)
+            for _ in range(5):
+                result = torch.ones(rows, outputs)
+                many.add_to(result, inputs)
+                assert torch.equal(result, expected)
 
 
 def test_threads_start_and_end_with_the_operators() -> None:
