@@ -109,6 +109,7 @@ def test_an_export_that_is_taken_over_or_lost(spans: WorkerSpans, kept: Kept) ->
 
 def test_an_export_ends_when_everything_is_announced(spans: WorkerSpans, kept: Kept) -> None:
     span = spans.exporting(opening().open, PARENT)
+    time.sleep(0.005)  # more than the phases take
     span.sent(handoff.SendFirstToken(1, handoff.FirstToken(token_id=4, cached_tokens=2)))
     span.sent(SendComplete(1, handoff.Complete(queue_seconds=0.001, prefill_seconds=0.002)))
     announced = time.time_ns()
