@@ -145,9 +145,12 @@ def test_a_unary_call_starts_again_as_its_client_has_seen_nothing(tmp_path: Path
 
 def test_without_a_ready_decode_worker_nothing_is_served(tmp_path: Path) -> None:
     async def scenario(setup: Setup) -> None:
-        code, error = await failure(setup.stub.Generate(text_request("ab")))
-        assert code is grpc.StatusCode.UNAVAILABLE
-        assert isinstance(error, NoWorker)
+        for call in (setup.stub.Generate(text_request("ab")), setup.stub.StreamGenerate(text_request("ab"))):
+            code, error = await failure(call)
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert isinstance(error, NoWorker)
+            # A client's retry policy tries again only what was refused before any headers.
+            assert "x-request-id" not in dict(await call.initial_metadata())
 
     run(tmp_path, scenario, byte_worker("prefill"))
     run(tmp_path, scenario, byte_worker(state="draining"), ready=False)

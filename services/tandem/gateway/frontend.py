@@ -84,14 +84,12 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         call = self._call(request.request_id, context)
         with self._record("Generate", call) as record, self._admission.admit(_num_sequences(request.sampling)):
-            await _introduce(call, context)
             prepared = await self._preparation.generate(request, call.request_id, record.traceparent)
             return await self._whole(prepared, call, record, context)
 
     async def Chat(self, request: pb.ChatRequest, context: _Context) -> pb.GenerateResponse:
         call = self._call(request.request_id, context)
         with self._record("Chat", call) as record, self._admission.admit(_num_sequences(request.sampling)):
-            await _introduce(call, context)
             prepared = await self._preparation.chat(request, call.request_id, record.traceparent)
             return await self._whole(prepared, call, record, context)
 
@@ -100,7 +98,6 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         call = self._call(request.request_id, context)
         with self._record("StreamGenerate", call) as record, self._admission.admit(_num_sequences(request.sampling)):
-            await _introduce(call, context)
             prepared = await self._preparation.generate(request, call.request_id, record.traceparent)
             async with aclosing(self._stream(prepared, call, record, context)) as messages:
                 async for message in messages:
@@ -109,7 +106,6 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def StreamChat(self, request: pb.ChatRequest, context: _Context) -> AsyncIterator[pb.StreamGenerateResponse]:
         call = self._call(request.request_id, context)
         with self._record("StreamChat", call) as record, self._admission.admit(_num_sequences(request.sampling)):
-            await _introduce(call, context)
             prepared = await self._preparation.chat(request, call.request_id, record.traceparent)
             async with aclosing(self._stream(prepared, call, record, context)) as messages:
                 async for message in messages:
@@ -164,10 +160,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         replies = StreamReplies(prepared, self._tokenizer.token_bytes)
         generation = self._generation(prepared, call, record, context, whole=False)
         late = DeadlineExceeded("the deadline passed while the client did not read")
+        introduced = False
         with cut_at(call.deadline + BLOCKED_WRITE_SECONDS, context, late):
             async with aclosing(generation.deltas()) as deltas:
                 async for delta in deltas:
                     record.on_delta(delta)
+                    if not introduced:
+                        await _introduce(call, context)
+                        introduced = True
                     yield replies.message(delta)
 
     async def _whole(
@@ -179,6 +179,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             async for delta in deltas:
                 record.on_delta(delta)
                 finished.append(delta)
+        await _introduce(call, context)
         return response(prepared, finished, self._tokenizer.token_bytes)
 
     def _generation(
@@ -221,4 +222,5 @@ def _num_sequences(sampling: pb.SamplingParams) -> int:
 
 
 async def _introduce(call: Call, context: _Context) -> None:
+    """Say the request's id, with the first of an answer: once headers are out, no client tries a refused call again."""
     await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
