@@ -23,15 +23,15 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 REQUEST_SECONDS = 120.0
-# Six seconds in all: a worker that is the only one of its kind is replaced in three to four.
+# Twelve seconds in all: a worker that is the only one of its kind is replaced in three to six.
 _RETRIES = {
     "methodConfig": [
         {
             "name": [{}],
             "retryPolicy": {
                 "maxAttempts": 5,
-                "initialBackoff": "0.4s",
-                "maxBackoff": "4s",
+                "initialBackoff": "0.8s",
+                "maxBackoff": "8s",
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
