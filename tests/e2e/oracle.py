@@ -24,6 +24,8 @@ CONTEXT = 4096
 EOS = VOCABULARY - 1
 TIE = 1e-3
 LLAMA = Variant("e2e", "LlamaConfig", published=True)
+# 50 MB are read a step, for milliseconds: tests that do something to a running request find it still running.
+SLOW_LLAMA = Variant("e2e_slow", "LlamaConfig", {"intermediate_size": 1 << 14}, published=True)
 
 
 def make_checkpoint(folder: Path, variant: Variant = LLAMA) -> Any:

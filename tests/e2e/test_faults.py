@@ -31,7 +31,8 @@ over_each_transport = pytest.mark.parametrize(
 )
 # 100 ms to free, and up to 100 ms until the figures say so; the rest is for a busy machine
 FREE_SECONDS = 2.0
-LONG = 3000  # tokens of a prompt that computes for a while
+LONG = 3000  # tokens of a prompt that computes for seconds on such a worker, which hands nothing over before:
+SLOW = ("--model.ops", "reference", "--scheduler.budget-tokens", "1")
 
 
 def collect(stub: InferenceServiceStub, prompt: list[int], max_tokens: int, timeout: float = 60.0) -> list[int]:
@@ -81,7 +82,7 @@ def wired(service: Service) -> Iterator[Callable[..., Wired]]:
 
 @over_each_transport
 def test_cancel_while_prefill_computes(service: Service, transport: tuple[str, ...]) -> None:
-    prefill = service.worker("prefill", *transport, "--scheduler.budget-tokens", "2")
+    prefill = service.worker("prefill", *transport, *SLOW)
     decode = service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
@@ -123,7 +124,7 @@ def test_cancel_while_decode_decodes(service: Service, transport: tuple[str, ...
 
 
 def test_a_deadline_ends_it_on_both_workers(service: Service) -> None:
-    prefill = service.worker("prefill", *TCP, "--scheduler.budget-tokens", "2")
+    prefill = service.worker("prefill", *TCP, *SLOW)
     decode = service.worker("decode", *TCP).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
@@ -138,7 +139,7 @@ def test_a_deadline_ends_it_on_both_workers(service: Service) -> None:
 
 @over_each_transport
 def test_prefill_killed_while_it_computes(service: Service, oracle: Oracle, transport: tuple[str, ...]) -> None:
-    prefill = service.worker("prefill", *transport, "--scheduler.budget-tokens", "2")
+    prefill = service.worker("prefill", *transport, *SLOW)
     decode = service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))

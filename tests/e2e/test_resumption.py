@@ -9,19 +9,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import torch
 
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tests.e2e.oracle import Oracle, greedy, random_prompt
+from tests.e2e.oracle import SLOW_LLAMA, Oracle, greedy, make_checkpoint, random_prompt
 from tests.e2e.service import Program, Service
+from tests.e2e.twin import Twin
 from tests.fakes.transport_proxy import FaultProxy, Faults
 
 TCP = ("--transfer.transport", "tcp")
-LONG = 800  # output tokens: a second or so, and figures are a tenth of a second late
+LONG = 800  # output tokens, seconds of this checkpoint, and figures are a tenth of a second late
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("resumption") / "checkpoint"
+    return folder, Oracle(make_checkpoint(folder, SLOW_LLAMA), Twin(folder))
+
+
+@pytest.fixture(scope="module")
+def oracle(made: tuple[Path, Oracle]) -> Oracle:
+    return made[1]
 
 
 def request(prompt: list[int], max_tokens: int = LONG, *, n: int = 1, temperature: float = 0.0) -> pb.GenerateRequest:
@@ -88,11 +103,11 @@ def resumed(gateway: Program, cause: str) -> float:
     return gateway.metrics().get(f'tandem_gateway_resumptions_total{{cause="{cause}"}}', 0.0)
 
 
-def running(*workers: Program, total: int = 1) -> list[tuple[float, Program]]:
+def running(*workers: Program, total: int = 1, metric: str = "running_requests") -> list[tuple[float, Program]]:
     """What each decodes, most first, once that is `total`; figures are a tenth of a second late."""
     deadline = time.monotonic() + 10
     while True:
-        found = [(worker.worker_metric("running_requests"), worker) for worker in workers]
+        found = [(worker.worker_metric(metric), worker) for worker in workers]
         if sum(number for number, _ in found) == total:
             return sorted(found, key=lambda one: -one[0])
         assert time.monotonic() < deadline, found
@@ -194,7 +209,7 @@ def test_the_next_decode_worker_pulls_what_was_computed_once(
         answer = threads.submit(lambda: Reader(service.stub(gateway), greedy(prompt, 12)).finish())
         assert one.proxy.has_stalled.wait(20)
         prefill.wait_metric(lambda program: program.worker_metric("computed_tokens") >= len(prompt))
-        victim, other = sorted(decodes, key=lambda worker: -worker.worker_metric("transfers_inflight"))
+        (_, victim), (_, other) = running(*decodes, metric="transfers_inflight")
         one.proxy.faults.num_faulty = 0
         if how == "killed":
             victim.kill()
@@ -216,7 +231,7 @@ def test_the_next_decode_worker_pulls_what_was_computed_once(
 def test_a_drain_hands_streams_back_in_time(service: Service, oracle: Oracle) -> None:
     pair = Pair(service, "--server.drain-seconds", "1")
     prompts = [random_prompt(random.Random(seed), 20 + seed) for seed in range(20)]
-    length = 1200
+    length = 600
     readers = [Reader(pair.stub, request(prompt, length)) for prompt in prompts]
     for reader in readers:
         reader.wait(2)
@@ -240,11 +255,11 @@ def test_the_only_decode_worker_is_waited_for(service: Service, oracle: Oracle) 
     prefill, decode = service.worker("prefill", *TCP), service.worker("decode", *flags).wait_ready()
     gateway = start_gateway(service, [prefill.wait_ready()], [decode])
     prompt = random_prompt(random.Random(5), 50)
-    reader = Reader(service.stub(gateway), request(prompt, 1500))
+    reader = Reader(service.stub(gateway), request(prompt))
     reader.wait(20)
     assert decode.stop() == 0
     service.worker("decode", *flags).wait_ready()
-    oracle.check(prompt, reader.finish().output[0], 1500)
+    oracle.check(prompt, reader.finish().output[0], LONG)
     assert resumed(gateway, "drained") == 1
 
 
