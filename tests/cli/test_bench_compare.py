@@ -93,7 +93,7 @@ def test_a_comparison_with_a_peer_that_does_not_start(tmp_path: Path) -> None:
     words += ["--prefill-batches", "1,2", "--decode-batches", "2", "--steps", "2", "--transformers", ""]
     words += ["--llama-python", sys.executable, "--out", str(tmp_path / "results"), "--work", str(tmp_path)]
     command = [sys.executable, str(BENCH / "compare.py"), *words]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     (values,) = (tmp_path / "results").glob("*.json")
     found = json.loads(values.read_text())

@@ -62,6 +62,7 @@ def test_build_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first of them compiles, the others wait for it
 @pytest.mark.parametrize("part", ["", "_attention", "_bits", "_experts", "_pool", "_profile", "_tiles"])
 def test_under_sanitizers(part: str) -> None:
     """The other tests of the operators, with addresses and undefined behaviour checked in every C++ line."""
@@ -99,7 +100,7 @@ def test_under_sanitizers(part: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]

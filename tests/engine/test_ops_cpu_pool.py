@@ -18,13 +18,14 @@ def test_an_idle_pool_uses_no_cpu() -> None:
     linear = cpu.linear((torch.randn(512, 256, generator=generator(1)),), (None,))
     inputs = torch.randn(64, 256, generator=generator(2))
     expected = linear(inputs)
+    used = []
     for _ in range(3):
         time.sleep(0.05)  # far longer than a thread spins
         before = time.process_time()
         time.sleep(0.4)
-        used = time.process_time() - before
-        assert used < 0.1, "threads that spin would use as much as they get, several tenths of a second"
+        used.append(time.process_time() - before)
         assert torch.equal(linear(inputs), expected)  # and they wake up
+    assert min(used) < 0.1, "threads that spin would always use as much as they get, several tenths of a second"
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5, 8])
@@ -45,8 +46,12 @@ def test_each_task_runs_once(threads: int) -> None:
 
 
 def test_threads_start_and_end_with_the_operators() -> None:
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     cpu = operators("avx2", THREADS)
-    assert len(os.listdir("/proc/self/task")) == before + THREADS - 1
+    made = set(os.listdir("/proc/self/task")) - before
+    assert len(made) == THREADS - 1
     del cpu
-    assert len(os.listdir("/proc/self/task")) == before
+    deadline = time.monotonic() + 20
+    while made & set(os.listdir("/proc/self/task")):  # the kernel removes them a little after they are joined
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

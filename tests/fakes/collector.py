@@ -55,7 +55,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         with self._lock:
             return list(self._spans)
 
-    def wait(self, is_enough: Callable[[list[Seen]], bool], seconds: float = 15.0) -> list[Seen]:
+    def wait(self, is_enough: Callable[[list[Seen]], bool], seconds: float = 60.0) -> list[Seen]:
         """Return the spans once there are enough; fails with those that came."""
         deadline = time.monotonic() + seconds
         while not is_enough(spans := self.spans):

@@ -152,7 +152,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         """Wait for the next Abort."""
         while not self.aborts:
             self._abort_seen.clear()
-            await asyncio.wait_for(self._abort_seen.wait(), 5)
+            await asyncio.wait_for(self._abort_seen.wait(), 30)
         return self.aborts.pop(0)
 
     # ---- service ----

@@ -33,7 +33,7 @@ def run(scenario: Scenario, worker_class: type[FakeWorker] = FakeWorker, **optio
         client = SessionClient(await worker.start(), gateway_id="g", on_change=lambda: None, jitter=lambda: 0.1)
         client.start()
         try:
-            await asyncio.wait_for(scenario(worker, client), 30)
+            await asyncio.wait_for(scenario(worker, client), 120)
         finally:
             await client.close()
             await worker.kill()
@@ -42,7 +42,7 @@ def run(scenario: Scenario, worker_class: type[FakeWorker] = FakeWorker, **optio
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -286,6 +286,7 @@ def test_why_there_is_no_session_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tandem.rpc.session_client.CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("tandem.rpc.channels._ASK_SECONDS", 20.0)
 
     async def main() -> None:
         source = between_pods(Authority(tmp_path).pod())
@@ -294,7 +295,8 @@ def test_why_there_is_no_session_is_told_once(
         address = await worker.start(credentials=server_credentials(source, require_client=True))
         client = SessionClient(address, gateway_id="g", on_change=lambda: None)
         client.start()
-        await asyncio.sleep(1.5)
+        await until(lambda: "no session with worker" in caplog.text)
+        await asyncio.sleep(1.0)  # time for further attempts
         await client.close()
         await worker.kill()
 

@@ -158,7 +158,7 @@ def test_the_interceptor_ends_calls_of_every_kind(caplog: pytest.LogCaptureFixtu
         waiting = stream(b"wait")
         await waiting.read()
         waiting.cancel()
-        await asyncio.wait_for(servicer.closed.wait(), 1)
+        await asyncio.wait_for(servicer.closed.wait(), 30)
         await channel.close()
         await server.stop(None)
 

@@ -21,6 +21,12 @@ from tandem.rpc.tls import ClientTls, PeerCheck, server_credentials
 from tests.certificates import PEER_NAME, Authority
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a reason waits for it."""
+    monkeypatch.setattr("tandem.rpc.channels._ASK_SECONDS", 20.0)
+
+
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "pki")
@@ -48,7 +54,7 @@ async def pod(tls: TlsConfig) -> AsyncIterator[Pod]:
 async def ask(channel: aio.Channel) -> str:
     stub: Any = health_pb2_grpc.HealthStub(channel)
     try:
-        await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
     except aio.AioRpcError as error:
         return f"{error.code().name}: {error.details()}"
     return "OK"

@@ -14,7 +14,7 @@ from tests.telemetry.expressions import compared_vectors
 from tests.telemetry.live import PROMETHEUS, RULES, Load, Prometheus
 from tests.telemetry.panels import BOARDS, panels
 
-DATA_SECONDS = 60.0  # of load, at most, until there is data everywhere
+DATA_SECONDS = 150.0  # of load, at most, until there is data everywhere
 WINDOW = "20s"  # of rates: twenty scrapes
 
 
@@ -64,7 +64,7 @@ def test_every_panel_and_alert_returns_data(service: Service, tmp_path: Path) ->
         assert not missing, "\n".join(f"{wanted[expression]}: {expression}" for expression in missing)
         assert {"OK", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "CANCELLED"} <= codes.keys(), codes
         assert not prometheus.has_data("tandem_gateway_wishes_total"), "what nobody exports has none"
-        roles = {sample["metric"]["role"] for sample in prometheus.query("tandem_worker_info")}
+        roles = {sample["metric"]["role"] for sample in prometheus.query("last_over_time(tandem_worker_info[60s])")}
         assert roles == {"prefill", "decode"}
         assert "level=warn" not in prometheus.log().replace('component="telemetry"', "")
     finally:
