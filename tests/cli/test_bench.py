@@ -125,7 +125,7 @@ def test_make_model_and_engine_in_their_processes(tmp_path: Path, capfd: pytest.
         "--prompt-tokens",
         "32",
         "--cell-seconds",
-        "20",
+        "5",
         "--threads",
         "1",
     ]

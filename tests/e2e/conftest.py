@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.e2e.oracle import Oracle, make_checkpoint
+from tests.e2e.oracle import SLOW_LLAMA, Oracle, make_checkpoint
 from tests.e2e.service import Service
 from tests.e2e.twin import Twin
+from tests.e2e.wired import Wired
+from tests.fakes.transport_proxy import Faults
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +27,38 @@ def oracle(made: tuple[Path, Oracle]) -> Oracle:
     return made[1]
 
 
+@pytest.fixture(scope="session")
+def slow_made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("e2e-slow") / "checkpoint"
+    return folder, Oracle(make_checkpoint(folder, SLOW_LLAMA), Twin(folder))
+
+
 @pytest.fixture
 def service(made: tuple[Path, Oracle], tmp_path: Path) -> Iterator[Service]:
-    service = Service(made[0], tmp_path)
+    yield from closing(Service(made[0], tmp_path))
+
+
+@pytest.fixture
+def slow_service(slow_made: tuple[Path, Oracle], tmp_path: Path) -> Iterator[Service]:
+    """For tests that do something to a request and want it to be still running."""
+    yield from closing(Service(slow_made[0], tmp_path))
+
+
+@pytest.fixture
+def wired(service: Service) -> Iterator[Callable[..., Wired]]:
+    made: list[Wired] = []
+
+    def make(*flags: str, faults: Faults | None = None) -> Wired:
+        made.append(Wired(service, *flags, faults=faults))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.proxy.close()
+
+
+def closing(service: Service) -> Iterator[Service]:
     try:
         yield service
     finally:

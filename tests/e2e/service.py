@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,9 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 START_SECONDS = 120.0
+# A peer of a machine that stands still for some seconds is not lost.
+PATIENCE = ("--handoff.connect-seconds", "30", "--handoff.progress-seconds", "30")
+FREE_SECONDS = 8.0  # until pages are free again, at most: less than a lease, which would free them as well
 _SAMPLE = re.compile(r"^(\w+)(\{[^}]*\})? ([-+.eE0-9naif]+)$", re.MULTILINE)
 
 
@@ -126,6 +131,13 @@ class Program:
         return time.monotonic() - began
 
 
+def free_port() -> int:
+    """Return a port for a program that is told which, outside of the range of those that others get for 0."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as probe:
+            return int(probe.getsockname()[1])
+
+
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
     return grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
 
@@ -163,6 +175,7 @@ class Service:
             *("--server.metrics-port", "0"),
             *("--server.drain-seconds", "5"),
             *("--cache.pool-bytes", str(48 << 20)),
+            *(PATIENCE if role != "unified" else ()),
             *flags,
         )
         self.programs.append(program)

@@ -6,11 +6,11 @@ import os
 import random
 import secrets
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -21,16 +21,15 @@ from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServ
 from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tests.e2e.oracle import Oracle, greedy, random_prompt
-from tests.e2e.service import Program, Service
-from tests.fakes.transport_proxy import FaultProxy, Faults
+from tests.e2e.service import FREE_SECONDS, Program, Service
+from tests.e2e.streams import TCP
+from tests.e2e.wired import Wired
+from tests.fakes.transport_proxy import Faults
 
-TCP = ("--transfer.transport", "tcp")
 MOONCAKE = ("--transfer.transport", "mooncake-tcp", "--transfer.trusted-network", "true")
 over_each_transport = pytest.mark.parametrize(
     "transport", [pytest.param(TCP, id="tcp"), pytest.param(MOONCAKE, id="mooncake", marks=pytest.mark.mooncake)]
 )
-# 100 ms to free, and up to 100 ms until the figures say so; the rest is for a busy machine
-FREE_SECONDS = 2.0
 LONG = 3000  # tokens of a prompt that computes for seconds on such a worker, which hands nothing over before:
 SLOW = ("--model.ops", "reference", "--scheduler.budget-tokens", "1")
 
@@ -48,44 +47,15 @@ def all_free(*workers: Program, seconds: float = FREE_SECONDS) -> None:
         assert worker.worker_metric("orphaned_pages") == 0
 
 
-class Wired:
-    """A prefill worker whose KV port is reached through a proxy only; without faults given, the proxy stalls."""
-
-    def __init__(self, service: Service, *flags: str, faults: Faults | None = None) -> None:
-        port = free_port()
-        self.proxy = FaultProxy(f"127.0.0.1:{port}", faults or Faults(stall_after=4096))
-        self.prefill = service.worker(
-            "prefill", *TCP, "--transfer.port", str(port), "--transfer.advertise-address", self.proxy.address, *flags
-        )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def wired(service: Service) -> Iterator[Callable[..., Wired]]:
-    made: list[Wired] = []
-
-    def make(*flags: str, faults: Faults | None = None) -> Wired:
-        made.append(Wired(service, *flags, faults=faults))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.proxy.close()
-
-
 # ---- the client goes away -------------------------------------------------------------------------------------------
 
 
 @over_each_transport
-def test_cancel_while_prefill_computes(service: Service, transport: tuple[str, ...]) -> None:
-    prefill = service.worker("prefill", *transport, *SLOW)
-    decode = service.worker("decode", *transport).wait_ready()
+def test_cancel_while_prefill_computes(slow_service: Service, transport: tuple[str, ...]) -> None:
+    prefill = slow_service.worker("prefill", *transport, *SLOW)
+    decode = slow_service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
-    stub = service.stub(service.gateway([prefill], [decode]))
+    stub = slow_service.stub(slow_service.gateway([prefill], [decode]))
     call = stub.StreamGenerate(greedy(random_prompt(random.Random(1), LONG), 8))
     prefill.wait_metric(lambda program: program.worker_metric("running_requests") == 1)
     call.cancel()
@@ -123,33 +93,36 @@ def test_cancel_while_decode_decodes(service: Service, transport: tuple[str, ...
     assert prefill.worker_metric("leases_started") == 0
 
 
-def test_a_deadline_ends_it_on_both_workers(service: Service) -> None:
-    prefill = service.worker("prefill", *TCP, *SLOW)
-    decode = service.worker("decode", *TCP).wait_ready()
+def test_a_deadline_ends_it_on_both_workers(slow_service: Service) -> None:
+    prefill = slow_service.worker("prefill", *TCP, *SLOW)
+    decode = slow_service.worker("decode", *TCP).wait_ready()
     prefill.wait_ready()
-    stub = service.stub(service.gateway([prefill], [decode]))
+    stub = slow_service.stub(slow_service.gateway([prefill], [decode]))
     with pytest.raises(grpc.RpcError) as caught:
         collect(stub, random_prompt(random.Random(4), LONG), 8, timeout=0.4)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    all_free(prefill, decode, seconds=FREE_SECONDS + 0.4)
+    all_free(prefill, decode)
+    assert prefill.worker_metric("computed_tokens") < LONG
 
 
 # ---- processes die --------------------------------------------------------------------------------------------------
 
 
 @over_each_transport
-def test_prefill_killed_while_it_computes(service: Service, oracle: Oracle, transport: tuple[str, ...]) -> None:
-    prefill = service.worker("prefill", *transport, *SLOW)
-    decode = service.worker("decode", *transport).wait_ready()
+def test_prefill_killed_while_it_computes(
+    slow_service: Service, slow_made: tuple[Path, Oracle], transport: tuple[str, ...]
+) -> None:
+    prefill = slow_service.worker("prefill", *transport, *SLOW)
+    decode = slow_service.worker("decode", *transport).wait_ready()
     prefill.wait_ready()
-    stub = service.stub(service.gateway([prefill], [decode]))
+    stub = slow_service.stub(slow_service.gateway([prefill], [decode]))
     prompt = random_prompt(random.Random(5), LONG)
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(collect, stub, prompt, 12)
         prefill.wait_metric(lambda program: program.worker_metric("running_requests") == 1)
         prefill.kill()
-        oracle.check(prompt, answer.result(60), 12)
-    assert decode.worker_metric("local_prefills") == 1
+        slow_made[1].check(prompt, answer.result(60), 12)
+    decode.wait_metric(lambda program: program.worker_metric("local_prefills") == 1)
     all_free(decode)
 
 
@@ -168,7 +141,7 @@ def test_prefill_killed_during_the_pull(service: Service, oracle: Oracle, wired:
         one.proxy.close()
         for index, answer in enumerate(answers):
             oracle.check(prompt[index:], answer.result(60), 12)
-    all_free(decode, spare, seconds=3.0)
+    all_free(decode, spare)
 
 
 def test_decode_killed_during_the_pull(service: Service, oracle: Oracle, wired: Callable[..., Wired]) -> None:
@@ -199,7 +172,7 @@ def test_decode_killed_during_the_pull(service: Service, oracle: Oracle, wired: 
 
 
 def test_a_lease_ends(service: Service, wired: Callable[..., Wired]) -> None:
-    one = wired("--handoff.lease-seconds", "1.5")
+    one = wired("--handoff.lease-seconds", "6")
     decode = service.worker("decode", *TCP).wait_ready()
     prefill = one.prefill.wait_ready()
     with grpc.insecure_channel(decode.address) as channel:
@@ -208,10 +181,15 @@ def test_a_lease_ends(service: Service, wired: Callable[..., Wired]) -> None:
         assert one.proxy.has_stalled.wait(20)
         decode.kill()
         del call
-    prefill.wait_metric(lambda program: program.worker_metric("leased_handoffs") == 1)
-    assert prefill.pages_in_use() > 0, "the lease keeps the pages"
-    all_free(prefill, seconds=1.5 + FREE_SECONDS)
+    prefill.wait_metric(keeps_pages_for_a_lease)
+    all_free(prefill, seconds=6 + FREE_SECONDS)
     assert prefill.worker_metric("leases_expired") == 1
+
+
+def keeps_pages_for_a_lease(program: Program) -> bool:
+    found = program.metrics()
+    leased = sum(value for name, value in found.items() if name.startswith("tandem_worker_leased_handoffs"))
+    return leased == 1 and any('state="held"' in name and value > 0 for name, value in found.items())
 
 
 def submit(prefill: Program, prompt: list[int], handoff_id: bytes, attempt: int) -> worker_pb.GenerateRequest:
@@ -236,7 +214,7 @@ def submit(prefill: Program, prompt: list[int], handoff_id: bytes, attempt: int)
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_transfer_process_killed(service: Service, oracle: Oracle, wired: Callable[..., Wired], side: str) -> None:
     # What the killed process had sent may still verify: then Release crosses the end of the stream, and a lease runs.
-    one = wired("--handoff.lease-seconds", "1")
+    one = wired("--handoff.lease-seconds", "8")
     decode = service.worker("decode", *TCP).wait_ready()
     prefill = one.prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
@@ -249,17 +227,15 @@ def test_transfer_process_killed(service: Service, oracle: Oracle, wired: Callab
         one.proxy.release()
         oracle.check(prompt, answer.result(60), 12)
     assert decode.worker_metric("local_prefills") == 0, "attached again, nothing computed twice"
-    all_free(prefill, decode, seconds=3.0)
+    all_free(prefill, decode, seconds=8 + FREE_SECONDS)
     oracle.check(prompt, collect(stub, prompt, 12), 12)
 
 
 def test_a_dead_rank_takes_its_worker_down(service: Service) -> None:
-    worker = service.worker("unified").wait_ready()
+    worker = service.worker("unified", "--server.drain-seconds", "60").wait_ready()
     (rank,) = worker.children("tandem.worker.rank_main")
     os.kill(rank, signal.SIGKILL)
-    began = time.monotonic()
-    assert worker.process.wait(10) == 1
-    assert time.monotonic() - began < 2.0
+    assert worker.process.wait(20) == 1
     assert "signal 9" in worker.log()
 
 
@@ -285,11 +261,14 @@ def test_a_stopped_decode_worker_stalls_nobody_else(
             os.kill(pid, signal.SIGSTOP)
         one.proxy.release()
         stub = service.stub(service.gateway([prefill], [other]))
-        began = time.monotonic()
+        seconds = 0.0
         for seed in range(20, 26):
             prompt = random_prompt(random.Random(seed), 200)
-            oracle.check(prompt, collect(stub, prompt, 12), 12)
-        assert time.monotonic() - began < 10.0
+            began = time.monotonic()
+            output = collect(stub, prompt, 12)
+            seconds += time.monotonic() - began
+            oracle.check(prompt, output, 12)
+        assert seconds < 20.0, "less than the patience with one that hangs"
         assert other.worker_metric("local_prefills") == 0
         for pid in everybody:
             os.kill(pid, signal.SIGCONT)

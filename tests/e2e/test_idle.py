@@ -13,7 +13,7 @@ from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Program, Service
 
 THREADS = 3
-SECONDS = 3.0
+SECONDS = 2.0
 IDLE_SHARE = 0.1  # of one CPU: timers and keepalives. A thread that spins takes all of it.
 
 
@@ -32,9 +32,13 @@ def test_an_idle_worker(service: Service, made: tuple[Path, Oracle], ops: str) -
     stub = service.stub(service.gateway([], [worker]))
     stub.Generate(greedy(random_prompt(random.Random(8), 300), 32))  # every thread has worked
     time.sleep(0.5)
-    before = cpu_seconds(worker)
-    time.sleep(SECONDS)
-    assert cpu_seconds(worker) - before <= IDLE_SHARE * SECONDS
+
+    def used() -> float:
+        before = cpu_seconds(worker)
+        time.sleep(SECONDS)
+        return cpu_seconds(worker) - before
+
+    assert min(used() for _ in range(3)) <= IDLE_SHARE * SECONDS, "late work of the request is not in all of them"
     if worker.ready["operators"].startswith("cpu-"):
         (rank,) = worker.children("rank_main")
         names = thread_names(rank)

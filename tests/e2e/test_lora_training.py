@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
+from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.e2e.oracle import Oracle
 from tests.e2e.service import Program, Service
 
@@ -54,6 +54,30 @@ QUICK = ("--epochs", "8", "--learning-rate", "0.01", "--batch-size", "4", "--see
 ADMIN = ("--server.admin", "on", "--lora.device-share", "1")
 
 
+def begun(worker: Program, file: Path, name: str) -> subprocess.Popen[str]:
+    """Return a training that has made a step and would make many more."""
+    deadline = time.monotonic() + 60
+    while True:
+        training = trained(worker, file, name, "--epochs", "1000")
+        assert training.stdout is not None
+        said = ""
+        while line := training.stdout.readline():
+            if line.startswith("step"):
+                return training
+            said += line
+        training.wait()
+        assert "another training is under way" in said and time.monotonic() < deadline, said  # one that ends yet
+        time.sleep(0.1)
+
+
+def wait_listed(stub: InferenceServiceStub, adapter: str) -> None:
+    """Wait until the gateway has heard of the adapter, and of no other."""
+    deadline = time.monotonic() + 30
+    while list(stub.ListModels(pb.ListModelsRequest()).models[0].lora_adapters) != [adapter]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def scored(adapter: str = "") -> pb.GenerateRequest:
     return pb.GenerateRequest(
         text="def add_3(a, b):\n",
@@ -72,22 +96,18 @@ def test_it_learns_while_answers_keep_every_bit(service: Service, made: tuple[Pa
     worker = service.worker("unified", *ADMIN, "--lora.folder", str(tmp_path / "adapters")).wait_ready()
     stub = service.stub(service.gateway([], [worker]))
     before = figures(stub.Generate(scored()))
-    training = trained(worker, write_examples(tmp_path), "adds", *QUICK)
-    lines: list[str] = []
-    assert training.stdout is not None
-    reader = threading.Thread(target=lambda: lines.extend(training.stdout or ()))
-    reader.start()
-    during = 0
-    while training.poll() is None:
+    file = write_examples(tmp_path)
+    endless = begun(worker, file, "endless")
+    for _ in range(3):
         assert figures(stub.Generate(scored())) == before
-        during += any(line.startswith("step") for line in lines) and training.poll() is None
-    reader.join()
-    assert training.returncode == 0, lines
-    assert during >= 3, "nothing was answered while it trained"
+        assert endless.poll() is None, "it was answered while it trained"
+    ended(lora("cancel", "--worker", worker.address, "--name", "endless"))
+    ended(endless, 1)
+    lines = ended(trained(worker, file, "adds", *QUICK)).splitlines()
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines if line.startswith("step")]
     assert len(losses) == 24 and lines[0].startswith("12 examples")
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
-    assert list(stub.ListModels(pb.ListModelsRequest()).models[0].lora_adapters) == ["adds"]
+    wait_listed(stub, "adds")
     served = stub.Generate(scored("adds"))
     assert figures(served) != before
     assert figures(stub.Generate(scored())) == before
@@ -113,10 +133,7 @@ def test_a_prefill_worker_trains_and_decode_loads_it(service: Service, tmp_path:
     assert "is saved and served" in ended(trained(prefill, file, "adds", *QUICK))
     assert "adapter adds is served" in ended(lora("load", "--worker", decode.address, "--name", "adds"))
     assert "no adapter_config.json" in ended(lora("load", "--worker", decode.address, "--name", "other"), 1)
-    deadline = time.monotonic() + 10
-    while not stub.ListModels(pb.ListModelsRequest()).models[0].lora_adapters:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_listed(stub, "adds")
     request = scored("adds")
     request.output.ClearField("prompt_logprobs")
     answer = stub.Generate(request)
@@ -127,10 +144,7 @@ def test_a_prefill_worker_trains_and_decode_loads_it(service: Service, tmp_path:
 @pytest.mark.parametrize("how", ["client", "command", "stop"])
 def test_a_cancelled_training_leaves_nothing(service: Service, tmp_path: Path, how: str) -> None:
     worker = service.worker("unified", *ADMIN, "--lora.folder", str(tmp_path / "adapters")).wait_ready()
-    training = trained(worker, write_examples(tmp_path), "adds", "--epochs", "1000")
-    assert training.stdout is not None
-    while not training.stdout.readline().startswith("step"):
-        assert training.poll() is None
+    training = begun(worker, write_examples(tmp_path), "adds")
     busy = trained(worker, write_examples(tmp_path), "others")
     assert "another training is under way" in ended(busy, 1)
     if how == "client":
@@ -142,6 +156,9 @@ def test_a_cancelled_training_leaves_nothing(service: Service, tmp_path: Path, h
     ended(training, 1)
     assert not list((tmp_path / "adapters").glob("*")) if (tmp_path / "adapters").exists() else True
     if how != "stop":
+        again = begun(worker, write_examples(tmp_path), "adds")
+        ended(lora("cancel", "--worker", worker.address, "--name", "adds"))
+        ended(again, 1)
         assert "1 steps" in ended(trained(worker, write_examples(tmp_path), "adds", "--batch-size", "12"))
 
 

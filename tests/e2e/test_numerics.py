@@ -16,13 +16,12 @@ from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Program, Service
-from tests.e2e.test_faults import TCP, over_each_transport
-from tests.e2e.test_resumption import Pair, Reader, request, resumed, running
+from tests.e2e.streams import LONG, TCP, Pair, request, resumed
+from tests.e2e.test_faults import over_each_transport
 from tests.e2e.twin import Twin
 
 NUM_TOP = 5
 BF16 = ("--model.dtype", "bfloat16")
-LONG = 1500  # output tokens: seconds, in which its worker is killed
 PROMPTS = [random_prompt(random.Random(length), length) for length in (7, 90, 310)]
 
 Logprobs = list[tuple[int, float, tuple[tuple[int, float], ...]]]
@@ -30,7 +29,11 @@ Logprobs = list[tuple[int, float, tuple[tuple[int, float], ...]]]
 
 @pytest.fixture(scope="module")
 def twin(made: tuple[Path, Oracle]) -> Twin:
-    twin = Twin(made[0], dtype="bfloat16")
+    return exact_twin(made[0])
+
+
+def exact_twin(folder: Path) -> Twin:
+    twin = Twin(folder, dtype="bfloat16")
     if not twin.is_exact:
         pytest.skip("operators without a numerics id")
     return twin
@@ -110,13 +113,12 @@ def test_retractions_change_no_bit(service: Service, undisturbed: list[Logprobs]
     assert small.worker_metric("retractions") > 0
 
 
-def test_a_killed_decode_worker_changes_no_bit(service: Service, twin: Twin) -> None:
-    pair = Pair(service, *BF16, prefill_flags=BF16)
+def test_a_killed_decode_worker_changes_no_bit(slow_service: Service) -> None:
+    twin = exact_twin(slow_service.checkpoint)
+    pair = Pair(slow_service, *BF16, prefill_flags=BF16)
     message = request(PROMPTS[1], LONG)
     message.output.logprobs = NUM_TOP
-    stormy = Reader(pair.stub, message)
-    stormy.wait(10)
-    running(*pair.decodes)[0][1].kill()
+    stormy, _ = pair.strike(message)
     found = figures(stormy.finish().logprobs)
     assert len(found) == LONG
     assert found == expected(twin, PROMPTS[1], found)

@@ -14,11 +14,11 @@ import pytest
 from tandem.transfer.choice import mooncake_absence
 from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Service
-from tests.e2e.test_faults import MOONCAKE, TCP, Wired, all_free, collect, wired
+from tests.e2e.streams import TCP
+from tests.e2e.test_faults import MOONCAKE, all_free, collect
 from tests.e2e.test_ranks import sizes
+from tests.e2e.wired import Wired
 from tests.fakes.transport_proxy import Faults
-
-assert wired, "a fixture"
 
 
 @pytest.mark.mooncake
@@ -70,7 +70,7 @@ def test_one_ranks_transfer_process_is_killed(
         one.proxy.release()
         oracle.check(prompt, answer.result(60), 12)
     assert decode.worker_metric("local_prefills") == 0, "attached again, nothing computed twice"
-    all_free(prefill, decode, seconds=3.0)
+    all_free(prefill, decode)
     oracle.check(prompt, collect(stub, prompt, 12), 12)
 
 

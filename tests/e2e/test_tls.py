@@ -25,11 +25,11 @@ from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tests.certificates import PEER_NAME, Authority, flags
 from tests.e2e.oracle import Oracle, greedy, random_prompt
-from tests.e2e.service import Program, Service
-from tests.e2e.test_faults import collect, free_port
+from tests.e2e.service import Program, Service, free_port
+from tests.e2e.test_faults import collect
 
 OVERRIDE = (("grpc.ssl_target_name_override", PEER_NAME),)
-SECONDS = 10.0  # for a change of files to be noticed, on a busy machine
+SECONDS = 40.0  # for a change of files to be noticed, on a busy machine
 FRESH = (("grpc.use_local_subchannel_pool", 1),)  # a channel with a connection of its own
 
 
@@ -179,7 +179,7 @@ def channel_to(address: str, credentials: grpc.ChannelCredentials | None) -> grp
     return grpc.secure_channel(address, credentials, options=(*OVERRIDE, *FRESH))
 
 
-def knock(port: int, authority: Authority, pair: tuple[Path, Path] | None) -> str:
+def knock(port: int, authority: Authority, pair: tuple[Path, Path] | None, patience: float = 15.0) -> str:
     """Connect to the KV port by TLS and return how that ends: b'' and errors are refusals."""
     context = ssl.create_default_context(cafile=str(authority.ca_file))
     if pair is not None:
@@ -187,7 +187,7 @@ def knock(port: int, authority: Authority, pair: tuple[Path, Path] | None) -> st
     try:
         raw = socket.create_connection(("127.0.0.1", port), 5)
         with raw, context.wrap_socket(raw, server_hostname=PEER_NAME) as sock:
-            sock.settimeout(0.5)
+            sock.settimeout(patience)
             return "closed" if sock.recv(1) == b"" else "talks"
     except TimeoutError:
         return "waits"  # for our Hello: we are in
@@ -218,7 +218,7 @@ def test_strangers_are_refused_at_every_port_and_harm_nobody(secured: Secured, o
         assert not status_of(open_handoff, handoffs, ours).startswith(("UNAVAILABLE", "PERMISSION"))
         assert status_of(open_handoff, handoffs, named).startswith("PERMISSION_DENIED")
         assert all(status_of(open_handoff, handoffs, c).startswith("UNAVAILABLE") for c in foreign)
-        assert knock(secured.kv_port, secured.pods, secured.pods.write("good", PEER_NAME)) == "waits"
+        assert knock(secured.kv_port, secured.pods, secured.pods.write("good", PEER_NAME), 0.5) == "waits"
         assert knock(secured.kv_port, secured.pods, secured.pods.write("named", "somebody")) not in ("waits", "talks")
         assert knock(secured.kv_port, secured.pods, other.write("foreign", PEER_NAME)) not in ("waits", "talks")
         assert knock(secured.kv_port, secured.pods, None) not in ("waits", "talks")
@@ -245,7 +245,7 @@ def test_a_gateway_without_a_certificate_gets_no_session(secured: Secured, tmp_p
         program.wait_ready()
         reason = "it closes the connection: it may want TLS" if tls is None else "not from the authorities that we know"
         secured.wait_logged(f"no session with worker {secured.decode.address}", (program,))
-        assert reason in program.log()
+        secured.wait_logged(reason, (program,))
 
 
 # ---- changes --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import pytest
 
 from tandem.rpc.gen.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.e2e.oracle import Oracle, greedy, random_prompt
-from tests.e2e.service import Service
-from tests.e2e.test_faults import TCP, collect, free_port
+from tests.e2e.service import Service, free_port
+from tests.e2e.streams import TCP
+from tests.e2e.test_faults import collect
 from tests.fakes.collector import Collector, Seen
 
 TRACE_ID, CLIENT_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -96,11 +97,15 @@ def test_one_request_is_one_trace_over_three_programs(service: Service, oracle: 
     assert names <= ATTRIBUTES, names - ATTRIBUTES
 
 
-def test_every_request_has_a_trace_of_its_own_and_failures_are_marked(service: Service, collector: Collector) -> None:
-    stub = start(service, collector.endpoint)
+def test_every_request_has_a_trace_of_its_own_and_failures_are_marked(
+    slow_service: Service, collector: Collector
+) -> None:
+    stub = start(slow_service, collector.endpoint)
     collect(stub, random_prompt(random.Random(2), 40), 4)
     collect(stub, random_prompt(random.Random(3), 40), 4)
-    call = stub.StreamGenerate(greedy(random_prompt(random.Random(4), 40), 2000))
+    message = greedy(random_prompt(random.Random(4), 40), 3000)
+    message.stop.ignore_eos = True
+    call = stub.StreamGenerate(message)
     next(call)
     call.cancel()
 
@@ -130,8 +135,9 @@ def test_a_dead_collector_is_told_once_and_delays_nobody(service: Service, oracl
     for seed in range(3):
         prompt = random_prompt(random.Random(seed), 60)
         began = time.monotonic()
-        oracle.check(prompt, ask(stub, prompt, 8), 8)
-        assert time.monotonic() - began < 5.0
+        output = ask(stub, prompt, 8)
+        assert time.monotonic() - began < 20.0
+        oracle.check(prompt, output, 8)
         time.sleep(1.0)
     gateway = service.programs[-1]
     deadline = time.monotonic() + 15
@@ -141,7 +147,7 @@ def test_a_dead_collector_is_told_once_and_delays_nobody(service: Service, oracl
     for program in service.programs:
         began = time.monotonic()
         assert program.stop() == 0
-        assert time.monotonic() - began < 8.0
+        assert time.monotonic() - began < 15.0
         log = program.log_path.read_text()
         assert log.count("takes no spans") <= 1
         assert "opentelemetry" not in log

@@ -192,7 +192,7 @@ def test_the_engine_is_measured_and_what_cannot_be_is_named(tmp_path: Path) -> N
         num_threads=1,
         pool_bytes=64 * 16 * 512,  # 64 pages of 16 tokens
         page_tokens=16,
-        cell_seconds=20.0,
+        cell_seconds=5.0,
         profile=True,
     )
     report = bench_engine(request, lambda text: None)
@@ -236,7 +236,7 @@ def test_a_profile_says_where_the_time_of_each_cell_goes(tmp_path: Path) -> None
         prompt_tokens=16,
         num_threads=2,
         page_tokens=64,
-        cell_seconds=20.0,
+        cell_seconds=5.0,
         profile=True,
         json_path=str(tmp_path / "report.json"),
     )

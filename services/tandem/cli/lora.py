@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 from grpc import aio
 
 from tandem.cli.client import tls_of
@@ -24,6 +25,7 @@ from tandem.rpc.status import from_rpc_error
 CONNECT_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 20  # of examples, roughly
 _LINE_BYTES_MAX = 4 << 20
+_BEGIN_ATTEMPTS = 3
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -32,15 +34,26 @@ def train(arguments: argparse.Namespace) -> int:
     examples = list(read_examples(Path(arguments.file)))
 
     async def call(stub: Any) -> None:
+        is_taken = False
+
         async def requests() -> AsyncIterator[admin_pb2.TrainLoraRequest]:
+            nonlocal is_taken
             yield admin_pb2.TrainLoraRequest(begin=begin)
-            if await wait_until_taken(stream):
+            is_taken = await wait_until_taken(stream)
+            if is_taken:
                 for message in _uploads(examples):
                     yield message
 
-        stream = stub.TrainLora(requests())
-        async for event in stream:
-            print(told(event), flush=True)
+        for attempts_left in reversed(range(_BEGIN_ATTEMPTS)):
+            stream = stub.TrainLora(requests())
+            try:
+                async for event in stream:
+                    print(told(event), flush=True)
+                return
+            except aio.AioRpcError as error:
+                # Of a call that had ended before Begin was written, grpc.aio says this; the next one says why.
+                if is_taken or error.code() is not grpc.StatusCode.INTERNAL or not attempts_left:
+                    raise
 
     return _run(arguments, call)
 
