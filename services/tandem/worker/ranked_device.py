@@ -105,7 +105,7 @@ class RankedDevice:
         for rank, resolved in self._followers.receive():
             self._executed(rank, resolved)
         oldest = self._plans[0] if self._plans else None
-        if oldest is not None and self._is_overdue(oldest):
+        if oldest is not None and oldest.missing and self._is_overdue(oldest):
             ranks = ", ".join(map(str, sorted(oldest.missing)))
             stuck = RankLost(
                 f"plan {oldest.plan_id} was not executed within {self._stuck_seconds:g} s by ranks {ranks}"
