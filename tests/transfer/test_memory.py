@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,14 @@ from tests.mappings import mapping_at
 SIZE = 3 * HUGE_PAGE_BYTES + 4096  # 4 huge pages
 RESERVED = "sys/kernel/mm/hugepages/hugepages-2048kB"
 TRANSPARENT = "sys/kernel/mm/transparent_hugepage"
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Huge pages are the machine's, and counted: in a run on several cores these tests come one after the other."""
+    with open(Path(tempfile.gettempdir(), f"tandem-huge-pages-{os.getuid()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def huge(size_bytes: int) -> PoolMemory:
