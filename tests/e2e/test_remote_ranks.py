@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.oracle import Oracle, greedy, random_prompt
 from tests.e2e.service import Service
 
-SOON = 4.0
+SOON = 12.0  # what waits for a drain takes 60
 PORT = 29611
 
 
@@ -81,7 +81,7 @@ def test_a_stage_in_another_network_namespace(service: Service, oracle: Oracle, 
     token.write_text("a secret of the ranks of one worker")
     address = f"{namespace.here}:{PORT}"
     common = ["--parallel.rendezvous", address, "--parallel.token-file", str(token)]
-    common += ["--parallel.trusted-network", "true"]
+    common += ["--parallel.trusted-network", "true", "--server.drain-seconds", "60"]
     prefill = service.worker("prefill", "--transfer.host", namespace.here, "--scheduler.budget-tokens", "64")
     decode = service.worker("decode", *common, "--parallel.pipeline-size", "2", "--parallel.remote-ranks", "1")
     with follower_of(service, namespace, "decode", *common) as follower:
@@ -96,7 +96,7 @@ def test_a_stage_in_another_network_namespace(service: Service, oracle: Oracle, 
         assert decode.worker_metric("local_prefills") == 0
         follower.kill()
         began = time.monotonic()
-        assert decode.process.wait(10.0) == 1
+        assert decode.process.wait(25.0) == 1
         assert time.monotonic() - began < SOON
         assert "rank 1 at 10.213." in decode.log() and "its connection ended" in decode.log()
 

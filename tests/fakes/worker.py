@@ -86,6 +86,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         self.aborts: list[tuple[int, str, float]] = []
         self.sessions: list[FakeSession] = []
         self.num_sessions = 0
+        self.num_sent = 0  # output tokens
         self.instance_id = os.urandom(16)
         self.address = ""
         self._role = role
@@ -270,6 +271,7 @@ class FakeWorker(worker_grpc.WorkerServiceServicer):
         if tokens:
             frame.deltas.append(convert.tokens_to_proto(self._tokens(rid, running, tokens)))
         running.emitted += len(tokens)
+        self.num_sent += len(tokens)
         if stop is not None:
             frame.ends.append(self._end(rid, session.running.pop(rid), EndReason.STOP, stop))
         elif running.emitted >= params.max_tokens:

@@ -92,8 +92,8 @@ def byte_worker(role: str = "decode", **options: Any) -> FakeWorker:
     return FakeWorker(role, vocab_size=VOCAB_SIZE, **options)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for a condition that another task makes true."""
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for a condition that another task makes true; long, as the machine may be busy with something else."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)

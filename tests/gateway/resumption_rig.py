@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ CAUSE: dict[Any, str] = {kill: "worker_lost", drain: "drained"}
 
 
 async def serving(setup: Setup, num_sequences: int = 1) -> FakeWorker:
-    """The decode worker that has the request, once every token that it gives has been sent."""
+    """The decode worker that has the request, once the gateway has every token that it gives."""
 
     def has_it(worker: FakeWorker) -> bool:
         running = [running for session in worker.sessions for running in session.running.values()]
@@ -40,7 +39,8 @@ async def serving(setup: Setup, num_sequences: int = 1) -> FakeWorker:
 
     await until(lambda: any(map(has_it, setup.workers)))
     worker = next(filter(has_it, setup.workers))
-    await asyncio.sleep(0.02)
+    # What has not arrived when a worker is killed is lost, and the answer would be cut elsewhere than the test says.
+    await until(lambda: count(setup, "tokens", kind="output") == sum(each.num_sent for each in setup.workers))
     return worker
 
 

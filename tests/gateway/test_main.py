@@ -19,6 +19,7 @@ from grpc import aio
 from tandem.config import Config, GatewayConfig, ModelConfig, ServerConfig
 from tandem.errors import ConfigError
 from tandem.gateway.main import serve
+from tandem.rpc.gen.inference.v1 import inference_service_pb2 as pb
 from tandem.rpc.gen.inference.v1 import inference_service_pb2_grpc as pb_grpc
 from tests.fakes.worker import scripted
 from tests.gateway.harness import Setup, byte_worker, collect, failure, run, text_request, until
@@ -43,7 +44,7 @@ def config_of(folder: Path, *workers: str, drain_seconds: float = 10.0, host: st
     )
 
 
-@pytest.mark.parametrize(("drain_seconds", "signals", "finishes"), [(10.0, 1, True), (0.1, 1, False), (10.0, 2, False)])
+@pytest.mark.parametrize(("drain_seconds", "signals", "finishes"), [(60.0, 1, True), (0.1, 1, False), (60.0, 2, False)])
 def test_a_signal_drains(tmp_path: Path, drain_seconds: float, signals: int, finishes: bool) -> None:
     async def scenario() -> None:
         worker = byte_worker(token=scripted(ids_of("x")), step_seconds=0.005, stall_after=None if finishes else 5)
@@ -53,7 +54,9 @@ def test_a_signal_drains(tmp_path: Path, drain_seconds: float, signals: int, fin
         program = asyncio.create_task(serve(config, lambda address, port: ready.set_result(address)))
         channel = aio.insecure_channel(await ready)
         stub = pb_grpc.InferenceServiceStub(channel)
-        await until(lambda: bool(worker.num_sessions))
+        async with asyncio.timeout(30):
+            while (await stub.ListModels(pb.ListModelsRequest())).models[0].ready_decode_workers == 0:
+                await asyncio.sleep(0.01)
         call = stub.StreamGenerate(text_request("ab", max_tokens=100))
         await until(lambda: worker.inflight == 1)
         for _ in range(signals):
@@ -64,9 +67,9 @@ def test_a_signal_drains(tmp_path: Path, drain_seconds: float, signals: int, fin
             assert code is grpc.StatusCode.UNAVAILABLE
             assert len("".join(message.text for message in await collect(call))) == 100
         else:
-            await failure(call)
+            await asyncio.wait_for(failure(call), 30)
             await worker.aborted()  # it reaches the worker although the gateway is on its way out
-        assert await asyncio.wait_for(program, 5) == 0
+        assert await asyncio.wait_for(program, 30) == 0
         await until(lambda: not worker.sessions)
         await channel.close()
         await worker.kill()

@@ -69,8 +69,7 @@ def test_a_unary_call_with_several_answers_goes_on(tmp_path: Path, end: Callable
         call = setup.stub.Generate(
             text_request("ab", max_tokens=30, sampling=pb.SamplingParams(n=3, temperature=1.0, seed=7))
         )
-        await until(lambda: sum(worker.inflight for worker in setup.workers) == 3)
-        await asyncio.sleep(0.05)
+        await until(lambda: count(setup, "tokens", kind="output") == 3 * 4)
         first, other = sorted(setup.workers, key=lambda worker: -worker.inflight)
         moved = first.inflight
         other.stall_after = None
@@ -124,15 +123,17 @@ def test_a_complete_answer_needs_no_other_worker(tmp_path: Path, ending: str) ->
     tokens = [*ids_of("xyz"), 0] if ending == "eos" else ids_of("xyzstop")
     request = text_request("ab", max_tokens=3 if ending == "length" else 60, stop=pb.StopConditions(stop=["st"]))
 
+    num_tokens = {"length": 3, "eos": 4, "stop string": 5}[ending]
+
     async def scenario(setup: Setup) -> None:
         call = setup.stub.StreamGenerate(request)
-        await asyncio.sleep(0.1)
+        await until(lambda: count(setup, "tokens", kind="output") == num_tokens)
         await setup.worker.kill()
         messages = await collect(call)
         assert "".join(message.text for message in messages) == "xyz"
         reason = pb.FINISH_REASON_LENGTH if ending == "length" else pb.FINISH_REASON_STOP
         assert messages[-1].finish_reason == reason
-        assert messages[-1].usage.completion_tokens == {"length": 3, "eos": 4, "stop string": 5}[ending]
+        assert messages[-1].usage.completion_tokens == num_tokens
         assert messages[-1].stop_token_id == 0
         assert count(setup, "resumptions", cause="worker_lost") == 0
 

@@ -51,6 +51,6 @@ def test_adversarial_strings_cost_steps_not_squares(stop: str) -> None:
 
     matcher = StopMatcher([stop[i:] for i in range(32)], include=False)
     text = ("a" * 200 + "c") * 100
-    started = time.perf_counter()
+    started = time.thread_time()
     assert len("".join(matcher.push(character) for character in text) + matcher.finish()) == len(text)
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5

@@ -39,9 +39,12 @@ def model_kv(seed: int) -> ModelKv:
 
 
 class RankedWorker:
-    """`pools[rank]` is that rank's memory as [page, layer, k|v, head, slot, dim]. The test is its scheduler."""
+    """`pools[rank]` is that rank's memory as [page, layer, k|v, head, slot, dim]. The test is its scheduler.
 
-    def __init__(self, sharding: Sharding, transport: str = "tcp") -> None:
+    `patience_seconds`: how long its transfer processes wait for a peer that stands still.
+    """
+
+    def __init__(self, sharding: Sharding, transport: str = "tcp", patience_seconds: float = 30.0) -> None:
         self.sharding = sharding
         self.parts = rank_parts(MODEL.num_layers, MODEL.num_kv_heads, sharding)
         self.adopted: list[list[int]] = [[] for _ in self.parts]
@@ -51,13 +54,14 @@ class RankedWorker:
         self._num_tickets = 0
         self._unclaimed: list[Any] = []
         config = TransferConfig(transport=transport, trusted_network=True, connections=2)  # type: ignore[arg-type]
+        handoff = HandoffConfig(progress_seconds=patience_seconds, connect_seconds=patience_seconds)
         for rank, part in enumerate(self.parts):
             layout = MODEL.of_part(part)
             memory = PoolMemory.create(layout.pool_bytes)
             rows = PageSpace(memory.view, layout.page_bytes).rows
             self.pools.append(rows.view(np.uint32).reshape(layout.num_pages, *layout.page_shape))
             self._memories.append(memory)
-            self.links.append(_link(config, memory, layout, self.adopted[rank]))
+            self.links.append(_link(config, handoff, memory, layout, self.adopted[rank]))
         self.group = TransferGroup(self.links, MODEL, sharding)
         self.ready = self.wait(TransferReady)
 
@@ -91,7 +95,7 @@ class RankedWorker:
     # ---- outcomes -------------------------------------------------------------------------------------------------
 
     def wait(
-        self, kind: type[Outcome], matches: Callable[[Outcome], bool] = lambda _: True, seconds: float = 20.0
+        self, kind: type[Outcome], matches: Callable[[Outcome], bool] = lambda _: True, seconds: float = 90.0
     ) -> Outcome:
         """Return the next outcome that matches; others are kept for later."""
         deadline = time.monotonic() + seconds
@@ -162,9 +166,9 @@ class Shared:
     checksums: bytes
 
 
-def _link(config: TransferConfig, memory: PoolMemory, layout: KvLayout, adopted: list[int]) -> TransferLink:
-    handoff = HandoffConfig(progress_seconds=2.0, connect_seconds=2.0)
-
+def _link(
+    config: TransferConfig, handoff: HandoffConfig, memory: PoolMemory, layout: KvLayout, adopted: list[int]
+) -> TransferLink:
     def spawn() -> TransferProcess:
         return TransferProcess.spawn(config, handoff, memory, layout, "127.0.0.1")
 

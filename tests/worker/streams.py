@@ -89,7 +89,7 @@ class Events:
     def put(self, event: object) -> None:
         self._queue.put_nowait(event)
 
-    async def next(self, kind: type[_Event], seconds: float = 5.0) -> _Event:
+    async def next(self, kind: type[_Event], seconds: float = 30.0) -> _Event:
         event = await asyncio.wait_for(self._queue.get(), seconds)
         assert isinstance(event, kind), event
         return event
@@ -102,7 +102,7 @@ class Events:
 class Pair:
     """A prefill frontend with its server, and a decode frontend with its client."""
 
-    def __init__(self, connect_seconds: float = 2.0) -> None:
+    def __init__(self, connect_seconds: float = 30.0) -> None:
         self.prefill = Events()
         self.decode = Events()
         self.server = HandoffServer(self.prefill.put, PREFILL_ID)

@@ -44,6 +44,12 @@ from tandem.rpc.handoff_wire import open_to_proto, release_to_proto
 from tests.worker.streams import VOCAB_SIZE, Pair, an_accepted, an_open, running_pair
 
 
+@pytest.fixture(autouse=True)
+def patient_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC itself gives up a try to connect after so long; here only `connect_seconds` counts."""
+    monkeypatch.setattr("tandem.rpc.options.RECONNECT_SECONDS_MAX", 60.0)
+
+
 def test_a_whole_hand_off() -> None:
     async def scenario() -> None:
         async with running_pair() as pair:
@@ -256,9 +262,9 @@ def test_an_unreachable_peer_is_told_quickly_and_harms_nobody() -> None:
     async def scenario() -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
-            async with running_pair() as pair:
+            async with running_pair(connect_seconds=60.0) as pair:
                 refused = pair.open(address=f"127.0.0.1:{taken.getsockname()[1]}")
-                closed = await pair.decode.next(StreamClosed, 1.0)
+                closed = await pair.decode.next(StreamClosed, 20.0)
                 assert (closed.stream_id, closed.code) == (refused, EndCode.LOST)
                 await pair.opened()
 
@@ -270,13 +276,12 @@ def test_a_silent_peer_is_given_up_after_connect_seconds() -> None:
         with socket.socket() as silent:
             silent.bind(("127.0.0.1", 0))
             silent.listen()  # accepts, and never says a word of HTTP/2
-            async with running_pair(connect_seconds=0.3) as pair:
-                began = asyncio.get_running_loop().time()
+            async with running_pair(connect_seconds=3.0) as pair:
                 pair.open(address=f"127.0.0.1:{silent.getsockname()[1]}")
-                mine, _ = await pair.opened()
-                assert asyncio.get_running_loop().time() - began < 0.3
+                mine, _ = await pair.opened()  # nothing has been heard of the silent one
                 closed = await pair.decode.next(StreamClosed)
                 assert closed.code is EndCode.LOST and closed.stream_id != mine
+                assert "within 3 s" in closed.message
                 assert len(pair.channels) == 1
 
     asyncio.run(scenario())
@@ -297,7 +302,7 @@ def test_a_release_before_the_connection_is_there_needs_no_peer() -> None:
 def test_the_deadline_ends_both_sides() -> None:
     async def scenario() -> None:
         async with running_pair() as pair:
-            mine = pair.open(an_open(timeout_seconds=0.3))
+            mine = pair.open(an_open(timeout_seconds=3.0))
             theirs = (await pair.prefill.next(OpenReceived)).stream_id
             assert (await pair.decode.next(StreamClosed)).code is EndCode.DEADLINE
             assert await pair.prefill.next(StreamLost) == StreamLost(theirs)
@@ -316,8 +321,9 @@ def test_channels_are_shared_and_closed_when_idle() -> None:
                 pair.client.release(SendRelease(mine, ReleaseReason.DONE))
                 await pair.prefill.next(ReleaseReceived)
                 pair.server.end(EndStream(theirs, EndCode.OK))
-            await asyncio.sleep(0.4)
-            assert len(pair.channels) == 0
+            async with asyncio.timeout(30.0):
+                while len(pair.channels):
+                    await asyncio.sleep(0.05)
 
     asyncio.run(scenario())
 

@@ -160,7 +160,7 @@ def test_one_ranks_process_is_replaced_and_the_hand_off_attached_again() -> None
 
 
 def test_a_rank_that_stands_still_fails_the_pull_and_ends_its_siblings() -> None:
-    exporter, importer = RankedWorker(Sharding(2, 1)), RankedWorker(Sharding(1, 1))
+    exporter, importer = RankedWorker(Sharding(2, 1)), RankedWorker(Sharding(1, 1), patience_seconds=3.0)
     stopped = exporter.pid(1)
     try:
         exporter.hold(KV)

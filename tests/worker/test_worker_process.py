@@ -26,7 +26,7 @@ from tandem.rpc.gen.worker.v1 import worker_service_pb2 as worker_pb2
 from tandem.rpc.gen.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tests.e2e.service import Program, wait_serving
 
-SOON = 4.0  # two seconds, and two more for a machine that runs other tests
+SOON = 12.0  # two seconds, and more for a machine that runs other tests; what waits for a drain takes 30
 SMALL = ("--cache.pool-bytes", str(8 << 20), "--model.threads", "1")
 
 
@@ -108,7 +108,7 @@ def test_a_dead_rank_takes_its_worker_down_with_the_reason(programs: list[Progra
     assert len(transfer) == 1
     psutil.Process(rank).send_signal(signal.SIGKILL)
     began = time.monotonic()
-    assert worker.process.wait(10.0) == 1
+    assert worker.process.wait(25.0) == 1
     assert time.monotonic() - began < SOON
     assert "rank 0 ended by signal 9" in worker.log()
     assert gone_within([rank, *transfer], SOON)
@@ -145,7 +145,7 @@ def test_a_stop_in_the_middle_of_the_start_is_a_stop(tmp_path: Path) -> None:
 
 
 def test_two_signals_hand_everything_back_at_once(programs: list[Program], tmp_path: Path) -> None:
-    worker = start(programs, tmp_path, "unified")
+    worker = start(programs, tmp_path, "unified", "--model.ops", "reference")  # slow: it must not end by itself
     with grpc.insecure_channel(worker.address) as channel:
         sampling = SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True)
         submit = Submit(request_id=0, prompt_token_ids=pack([5]), sampling=sampling)
