@@ -246,6 +246,20 @@ def test_a_plan_that_does_not_get_done_is_a_loss(make: Making, monkeypatch: pyte
     assert "plan 2 was not executed within 0.4 s by ranks 2" in lost(rig).message
 
 
+def test_a_plan_that_is_done_is_never_overdue(make: Making, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes the results was away for longer than a plan may last."""
+    now = [0.0]
+    monkeypatch.setattr("tandem.worker.ranked_device.time", SimpleNamespace(monotonic=lambda: now[0]))
+    rig = make(stuck_seconds=0.4)
+    rig.device.launch(plan(1))
+    rig.local.execute()
+    rig.executed(1, 1)
+    rig.executed(2, 1)
+    now[0] = 60.0
+    taken = rig.take()
+    assert [resolved.plan_id for resolved in taken] == [1]
+
+
 def test_the_last_words_of_a_process_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for wait in ("EXIT_SECONDS", "_LAST_WORDS_SECONDS"):
         monkeypatch.setattr(f"tandem.worker.follower_process.{wait}", 10.0)
