@@ -44,12 +44,6 @@ from tandem.rpc.handoff_wire import open_to_proto, release_to_proto
 from tests.worker.streams import VOCAB_SIZE, Pair, an_accepted, an_open, running_pair
 
 
-@pytest.fixture(autouse=True)
-def patient_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gRPC itself gives up a try to connect after so long; here only `connect_seconds` counts."""
-    monkeypatch.setattr("tandem.rpc.options.RECONNECT_SECONDS_MAX", 60.0)
-
-
 def test_a_whole_hand_off() -> None:
     async def scenario() -> None:
         async with running_pair() as pair:

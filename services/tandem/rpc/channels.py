@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from tandem.rpc.options import WORKER_MESSAGE_BYTES, client_options
+from tandem.rpc.options import RECONNECT_SECONDS_MAX, WORKER_MESSAGE_BYTES, client_options
 from tandem.rpc.tls import ClientTls
 
 _ASK_SECONDS = 0.5
@@ -22,10 +22,17 @@ _CLOSED = ("Socket closed", "Connection reset", "GOAWAY", "connection attempt ti
 
 
 def open_channel(
-    address: str, *, max_message_bytes: int = WORKER_MESSAGE_BYTES, tls: ClientTls | None = None
+    address: str,
+    *,
+    max_message_bytes: int = WORKER_MESSAGE_BYTES,
+    tls: ClientTls | None = None,
+    connect_seconds: float = RECONNECT_SECONDS_MAX,
 ) -> aio.Channel:
-    """Return a channel to `address` (host:port); it connects with the first call. The caller closes it."""
-    options = client_options(max_message_bytes)
+    """Return a channel to `address` (host:port); it connects with the first call. The caller closes it.
+
+    An attempt to connect that takes longer than `connect_seconds` has failed.
+    """
+    options = client_options(max_message_bytes, connect_seconds)
     if tls is not None:
         return aio.secure_channel(address, tls.credentials(), options=[*options, *tls.options])
     return aio.insecure_channel(address, options=options)

@@ -40,13 +40,13 @@ def server_options(max_message_bytes: int, *, share_port: bool, max_connection_a
     return _sorted(options)
 
 
-def client_options(max_message_bytes: int) -> Options:
-    """Return the options of a channel to one named process of ours."""
+def client_options(max_message_bytes: int, connect_seconds: float = RECONNECT_SECONDS_MAX) -> Options:
+    """Return the options of a channel to one named process of ours. `connect_seconds`: of one attempt, at most."""
     return _sorted(
         _messages(max_message_bytes)
         | {
             "grpc.initial_reconnect_backoff_ms": round(RECONNECT_SECONDS_MIN * 1000),
-            "grpc.min_reconnect_backoff_ms": round(RECONNECT_SECONDS_MAX * 1000),
+            "grpc.min_reconnect_backoff_ms": round(connect_seconds * 1000),  # no backoff, but how long an attempt lasts
             "grpc.max_reconnect_backoff_ms": round(RECONNECT_SECONDS_MAX * 1000),
             "grpc.enable_retries": 0,  # who may be asked again is decided by the caller, not by the library
             "grpc.enable_http_proxy": 0,  # workers are never behind the proxy of the environment

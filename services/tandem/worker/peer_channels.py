@@ -83,7 +83,12 @@ class PeerChannels:
             entry = None
         if entry is None:
             self._make_room()
-            channel = open_channel(address, max_message_bytes=HANDOFF_MESSAGE_BYTES, tls=self._tls)
+            channel = open_channel(
+                address,
+                max_message_bytes=HANDOFF_MESSAGE_BYTES,
+                tls=self._tls,
+                connect_seconds=self._connect_seconds + 1.0,  # the library's bound is not to be met before ours
+            )
             entry = self._entries[address] = _Entry(channel, credentials)
         if entry.closing is not None:
             entry.closing.cancel()
