@@ -1,4 +1,4 @@
-"""What `tandem lora` says of a worker that refuses, whenever the refusal comes."""
+"""What `tandem lora train` says of a worker that refuses or fails, whenever that comes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from grpc import aio
 
 from tandem.cli.main import main
+from tandem.rpc.admin_upload import BEGIN_TAKEN
+from tandem.rpc.gen.admin.v1 import admin_service_pb2 as admin_pb2
 from tandem.rpc.gen.admin.v1 import admin_service_pb2_grpc as admin_grpc
-
-REAL_STUB = admin_grpc.AdminServiceStub
 
 
 @pytest.fixture
-def bare() -> Iterator[str]:
-    """The address of a server without an AdminService."""
+def address() -> Iterator[str]:
+    """Where somebody listens."""
     server = grpc.server(futures.ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -28,37 +28,68 @@ def bare() -> Iterator[str]:
     server.stop(None)
 
 
-async def ended_before_begin() -> AsyncIterator[Any]:
-    """What grpc.aio makes of a call whose end the core knows when Begin is written, and nobody else yet."""
-    raise aio.AioRpcError(grpc.StatusCode.INTERNAL, aio.Metadata(), aio.Metadata(), "Internal error from Core")
-    yield
+class Call:
+    """A training's call that ends with `code`, after Begin and all examples if it is taken."""
+
+    def __init__(self, requests: AsyncIterator[Any], code: grpc.StatusCode, *, taken: bool) -> None:
+        self._requests = requests
+        self._code = code
+        self._taken = taken
+        self.num_requests = 0
+
+    async def initial_metadata(self) -> aio.Metadata:
+        return aio.Metadata(*BEGIN_TAKEN)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        if self._taken:
+            async for _ in self._requests:
+                self.num_requests += 1
+            yield admin_pb2.TrainLoraResponse(step=admin_pb2.Step(step=1, steps=9))
+        raise aio.AioRpcError(self._code, aio.Metadata(), aio.Metadata(), "details")
+
+
+# Of a call whose end the core knows when Begin is written, and nobody else yet, grpc.aio says INTERNAL.
+LATE = (grpc.StatusCode.INTERNAL, False)
+BARE = (grpc.StatusCode.UNIMPLEMENTED, False)
+FAILED = (grpc.StatusCode.INTERNAL, True)
 
 
 @pytest.mark.parametrize(
-    ("num_late", "expected"), [(0, "start the worker with --server.admin on"), (2, "--server.admin on"), (9, "Core")]
+    ("script", "num_calls", "expected"),
+    [
+        ([BARE], 1, "start the worker with --server.admin on"),
+        ([LATE, LATE, BARE], 3, "start the worker with --server.admin on"),
+        ([LATE] * 9, 3, "details"),
+        ([FAILED, BARE], 1, "details"),
+        ([LATE, FAILED, BARE], 2, "details"),
+    ],
 )
-def test_a_refused_training_says_why(
-    bare: str,
+def test_a_training_that_ends_says_why_and_is_done_once(
+    address: str,
     tmp_path: Path,
-    num_late: int,
+    script: list[tuple[grpc.StatusCode, bool]],
+    num_calls: int,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    num_calls = 0
+    calls: list[Call] = []
 
     class Stub:
         def __init__(self, channel: aio.Channel) -> None:
-            self._real: Any = REAL_STUB(channel)
+            """Nothing goes over the channel."""
 
-        def TrainLora(self, requests: AsyncIterator[Any]) -> Any:
-            nonlocal num_calls
-            num_calls += 1
-            return ended_before_begin() if num_calls <= num_late else self._real.TrainLora(requests)
+        def TrainLora(self, requests: AsyncIterator[Any]) -> Call:
+            code, taken = script[len(calls)]
+            calls.append(Call(requests, code, taken=taken))
+            return calls[-1]
 
     monkeypatch.setattr(admin_grpc, "AdminServiceStub", Stub)
     file = tmp_path / "examples.jsonl"
     file.write_text(json.dumps({"text": "x"}))
-    assert main(["lora", "train", str(file), "--worker", bare, "--name", "a"]) == 1
-    assert expected in capsys.readouterr().err
-    assert num_calls == min(num_late + 1, 3)
+    assert main(["lora", "train", str(file), "--worker", address, "--name", "a"]) == 1
+    said = capsys.readouterr()
+    assert expected in said.err
+    uploads = sum(taken for _, taken in script[:num_calls])
+    assert said.out.count("step 1/9") == uploads
+    assert [call.num_requests for call in calls] == [2 if taken else 0 for _, taken in script[:num_calls]]

@@ -146,7 +146,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCache.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_a_path_that_is_there_already_stays_private() -> None:

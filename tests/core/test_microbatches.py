@@ -45,7 +45,7 @@ def sizes(rig: Rig) -> list[int]:
 
 
 @given(stages=st.integers(2, 6), count=st.integers(1, 23))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_decode_rows_are_divided_evenly_and_nobody_is_in_two_plans(stages: int, count: int) -> None:
     rig = pipelined(stages)
     decoding(rig, count)

@@ -28,7 +28,7 @@ def shape(rows: tuple[Row, ...]) -> list[tuple[int, int, int, bool]]:
 
 
 @given(length=st.integers(1, 60), tokens=st.integers(1, 70))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_prompt_is_cut_by_the_budget(length: int, tokens: int) -> None:
     rig = Rig(scheduler=budget(tokens))
     prompt = prompt_of(length)
@@ -224,7 +224,7 @@ def test_one_alone_is_never_retracted_for_itself() -> None:
 
 @pytest.mark.parametrize("chain", [1, 2])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_crowd_gets_all_of_its_tokens(chain: int, data: st.DataObject) -> None:
     """Random requests over a small pool, with plans in flight as deep as the loop allows."""
     rig = Rig(num_pages=8, chain=chain, scheduler=budget(data.draw(st.integers(1, 20)), max_running_requests=3))

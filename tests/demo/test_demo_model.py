@@ -84,7 +84,7 @@ def test_the_configuration_has_the_keys_of_published_ones() -> None:
     assert config["num_key_value_heads"] < config["num_attention_heads"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=200))
 def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text).ids

@@ -61,7 +61,7 @@ class Reader:
     @property
     def is_under_way(self) -> bool:
         """Whether no output has ended; each is one of `max_tokens`, or has a stop string."""
-        return self._thread.is_alive() and all(len(output) < self._max_tokens for output in self.output.values())
+        return self._thread.is_alive() and all(len(output) < self._max_tokens for output in list(self.output.values()))
 
     def wait(self, num_tokens: int) -> None:
         deadline = time.monotonic() + 30

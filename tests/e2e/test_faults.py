@@ -146,7 +146,7 @@ def test_prefill_killed_during_the_pull(service: Service, oracle: Oracle, wired:
 
 def test_decode_killed_during_the_pull(service: Service, oracle: Oracle, wired: Callable[..., Wired]) -> None:
     """Lease; a second Open with a higher attempt pulls the same pages; nothing is computed twice."""
-    one = wired("--handoff.lease-seconds", "8")
+    one = wired("--handoff.lease-seconds", "30")
     first, second = service.worker("decode", *TCP), service.worker("decode", *TCP)
     prefill = one.prefill.wait_ready()
     first.wait_ready(), second.wait_ready()

@@ -13,7 +13,7 @@ import pytest
 
 from tandem.transfer.choice import mooncake_absence
 from tests.e2e.oracle import Oracle, greedy, random_prompt
-from tests.e2e.service import Service
+from tests.e2e.service import FREE_SECONDS, Service
 from tests.e2e.streams import TCP
 from tests.e2e.test_faults import MOONCAKE, all_free, collect
 from tests.e2e.test_ranks import sizes
@@ -56,7 +56,7 @@ def test_one_ranks_transfer_process_is_killed(
     service: Service, oracle: Oracle, wired: Callable[..., Wired], rank: int
 ) -> None:
     """What the other rank reads is ended; then the hand-off is attached again, and read by both."""
-    one = wired("--handoff.lease-seconds", "1")
+    one = wired("--handoff.lease-seconds", "8")
     decode = service.worker("decode", *TCP, *sizes(1, 2)).wait_ready()
     prefill = one.prefill.wait_ready()
     stub = service.stub(service.gateway([prefill], [decode]))
@@ -70,7 +70,7 @@ def test_one_ranks_transfer_process_is_killed(
         one.proxy.release()
         oracle.check(prompt, answer.result(60), 12)
     assert decode.worker_metric("local_prefills") == 0, "attached again, nothing computed twice"
-    all_free(prefill, decode)
+    all_free(prefill, decode, seconds=8 + FREE_SECONDS)
     oracle.check(prompt, collect(stub, prompt, 12), 12)
 
 

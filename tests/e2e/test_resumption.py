@@ -112,7 +112,7 @@ def test_a_drain_hands_streams_back_in_time(service: Service, oracle: Oracle) ->
     for number, (prompt, reader) in enumerate(zip(prompts, readers, strict=True)):
         output = reader.finish().output[0]
         assert len(output) == length
-        if number % 4 == 0:
+        if number % 5 == 0:  # of both workers: they got the requests in turns
             oracle.check(prompt, output, length)
     assert seconds > 0.2
     assert resumed(pair.gateway, "drained") >= 5, "they had their time, and no more"

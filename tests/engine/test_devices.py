@@ -110,7 +110,7 @@ def test_close_drops_what_has_not_begun() -> None:
     for number in range(3):
         thread.launch(plan(number))
     assert begun.wait(WAIT_SECONDS)
-    opener = threading.Thread(target=open_when_stopping, args=(thread, gate))
+    opener = threading.Thread(target=open_when_stopping, args=(thread, gate), daemon=True)
     opener.start()
     thread.close()
     opener.join()

@@ -12,7 +12,7 @@ from tests.engine.ops_cpu_cases import BF16_UNIT, ROUNDING_KERNELS, UNIT, every_
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
-QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+QUICK = settings(max_examples=25, derandomize=True)
 REFERENCE = ReferenceOperators(torch.float32)
 
 

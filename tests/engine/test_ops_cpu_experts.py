@@ -14,7 +14,7 @@ from tandem.engine.ops.cpu_experts import CpuExperts
 from tandem.engine.ops.reference import ReferenceOperators
 from tests.engine.ops_cpu_cases import UNIT, every_kernel, generator, operators
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+QUICK = settings(max_examples=25, derandomize=True)
 THREADS = (1, 2, 3, 5)
 HIDDEN, MIDDLE = 90, 72
 

@@ -68,7 +68,7 @@ def naive_support(logits: torch.Tensor, params: SamplingParams) -> list[int]:
     return support
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(params_strategy, min_size=1, max_size=6), st.integers(0, 1000), st.booleans())
 def test_a_row_does_not_depend_on_its_batch(batch: list[SamplingParams], seed: int, rounded: bool) -> None:
     logits = make_logits(len(batch), seed, rounded=rounded)
@@ -195,7 +195,7 @@ def test_ids_beyond_the_vocabulary_are_ignored() -> None:
     assert 0 <= sample_tokens(make_logits(1, 2), [sample]).item() < VOCABULARY
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=40),
     st.integers(0, 40),

@@ -49,7 +49,7 @@ def test_decoders_are_recognised(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), skip_special=st.booleans())
 def test_random_ids(kind: str, data: st.DataObject, skip_special: bool) -> None:
     tokenizer = made(kind)
@@ -61,7 +61,7 @@ def test_random_ids(kind: str, data: st.DataObject, skip_special: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "gemma", "metaspace_bytes", "regex_replace"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=60))
 def test_any_text_one_token_at_a_time(kind: str, text: str) -> None:
     tokenizer: Tokenizer = made(kind)
@@ -73,7 +73,7 @@ def test_any_text_one_token_at_a_time(kind: str, text: str) -> None:
         assert not any("\ufffd" in delta for delta in deltas)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=60), data=st.data())
 def test_the_demo_model(text: str, data: st.DataObject) -> None:
     tokenizer, table = demo()

@@ -19,7 +19,7 @@ def expected(text: str, stops: list[str], include: bool) -> tuple[str, str | Non
     return text, None
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     text=st.text("ab", max_size=30),
     stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4),

@@ -83,12 +83,13 @@ def test_both_sides_can_be_killed_and_spawned_again(transport: str, new_peer: Ne
     assert np.array_equal(importer.rows[:10], exporter.rows[10:20])
 
 
-def test_under_load_it_ends_by_itself_when_told_to_stop(new_peer: NewPeer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amid_a_pull_it_ends_by_itself_when_told_to_stop(new_peer: NewPeer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem.transfer.process._END_SECONDS", 30.0)  # before it would be killed
-    exporter, importer = new_peer("tcp", num_pages=1024), new_peer("tcp", num_pages=1024)
-    importer.begin_pull(exporter.export(b"handoff", range(1024)), range(1024))
-    pid = importer.pid
-    importer.pipe.stop()
+    exporter, importer = new_peer("tcp"), new_peer("tcp")
+    shared, pid = exporter.export(b"handoff", range(10)), importer.pid
+    with exporter.stopped():  # its threads wait for what does not come
+        importer.begin_pull(shared, range(10))
+        importer.pipe.stop()
     assert isinstance(importer.pipe, ProcessPipe)
     assert importer.pipe.process._child.returncode == 0
     assert not psutil.pid_exists(pid)
