@@ -24,6 +24,7 @@ ALLOWED = {
     "config_load": {"config", "config_values", "errors"},
     "certificates": {"config", "errors"},
     "ipc": set(),
+    "collector": set(),
     "core": {"core", "errors", "config"},
     "transfer": {"transfer", "core", "config", "errors", "ipc", "certificates"},
     "engine": {"engine", "core", "transfer", "config", "errors", "demo"},
@@ -31,6 +32,7 @@ ALLOWED = {
     "telemetry": {"telemetry", "core", "config", "errors"},
     "worker": {
         "worker",
+        "collector",
         "core",
         "engine",
         "transfer",
@@ -42,7 +44,7 @@ ALLOWED = {
         "ipc",
         "demo",
     },
-    "gateway": {"gateway", "core", "rpc", "telemetry", "config", "certificates", "errors", "demo"},
+    "gateway": {"gateway", "collector", "core", "rpc", "telemetry", "config", "certificates", "errors", "demo"},
     "demo": {"demo"},
     "cli": {
         "cli",

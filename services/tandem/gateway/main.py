@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 from collections.abc import Callable
 
 import uvloop
 
+from tandem.collector import keep_what_is_here
 from tandem.config import Config, ServerConfig
 from tandem.gateway.server import Gateway
 from tandem.telemetry.logging import set_up
@@ -36,8 +36,7 @@ async def serve(config: Config, ready: Callable[[str, int | None], None] | None 
     gateway = await Gateway.create(config)
     address = await gateway.start()
     _logger.info("gateway serves", extra={"fields": {"address": address, "metrics_port": gateway.metrics_port}})
-    gc.collect()
-    gc.freeze()  # what is here stays: later collections need not look at it
+    keep_what_is_here()
     if ready is not None:
         ready(address, gateway.metrics_port)
     await stopping.wait()

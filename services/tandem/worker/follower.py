@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tandem.collector import keep_what_is_here
 from tandem.core.messages.handoff import Sharding
 from tandem.core.messages.plans import Plan
 from tandem.core.messages.worker import StartupProgress
@@ -83,6 +84,7 @@ def _serve(start: StartFollower, leader: Channel, on_ready: Callable[[FollowerRe
     try:
         if start.role != "unified":
             link = own_link(start.config, start.worker_host, engine)
+        keep_what_is_here()
         ready = ready_of(engine, place)
         leader.send(ready)
         on_ready(ready)

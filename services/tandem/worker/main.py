@@ -20,6 +20,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from tandem.certificates import between_pods
+from tandem.collector import keep_what_is_here
 from tandem.config import Config, Role
 from tandem.core.merged_load import merge_loads
 from tandem.core.messages import handoff, requests, training
@@ -293,6 +294,7 @@ class _Worker:
         _log_ready(self._servers.address, ready)
         self._serving = asyncio.create_task(self._servers.set_ready())
         self._export_metrics(ready)
+        keep_what_is_here()
         if self._on_ready is not None:
             servers = self._servers
             self._on_ready(WorkerReady(servers.address, self._instance_id, servers.metrics_port, ready))

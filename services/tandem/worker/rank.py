@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+from tandem.collector import keep_what_is_here
 from tandem.config import ModelConfig
 from tandem.core.messages.handoff import Sharding
 from tandem.core.messages.plans import Plan, Row, Sample
@@ -84,6 +85,7 @@ def _serve(start: StartRank, frontend: Channel, followers: Sequence[Follower]) -
         if transfer.ready is not None:
             scheduler.handle(transfer.ready, time.monotonic())
         ports = RankPorts(frontend, engine.device, transfer.group, time.monotonic)
+        keep_what_is_here()
         ports.send(_ready(start, ranks, loop, scheduler.settings, transfer.ready, time.monotonic() - began))
         run(scheduler, engine.device, ports, time.monotonic, loop.depth, _beside(start, engine, ports))
         ports.finish(FINISH_SECONDS)
