@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.oracle import SLOW_LLAMA, Oracle, make_checkpoint
+from tests.e2e.oracle import LLAMA, SLOW_LLAMA, Oracle, make_checkpoint
 from tests.e2e.service import Service
 from tests.e2e.twin import Twin
 from tests.e2e.wired import Wired
+from tests.engine.checkpoints import Variant
 from tests.fakes.transport_proxy import Faults
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("e2e") / "checkpoint"
-    return folder, Oracle(make_checkpoint(folder), Twin(folder))
+    return judged(tmp_path_factory.mktemp("e2e") / "checkpoint", LLAMA)
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +28,7 @@ def oracle(made: tuple[Path, Oracle]) -> Oracle:
 
 @pytest.fixture(scope="session")
 def slow_made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("e2e-slow") / "checkpoint"
-    return folder, Oracle(make_checkpoint(folder, SLOW_LLAMA), Twin(folder))
+    return judged(tmp_path_factory.mktemp("e2e-slow") / "checkpoint", SLOW_LLAMA)
 
 
 @pytest.fixture
@@ -56,6 +53,12 @@ def wired(service: Service) -> Iterator[Callable[..., Wired]]:
     yield make
     for one in made:
         one.proxy.close()
+
+
+def judged(folder: Path, variant: Variant) -> tuple[Path, Oracle]:
+    """Write a checkpoint; return it with who judges answers that are made with it."""
+    torch.set_num_threads(1)
+    return folder, Oracle(make_checkpoint(folder, variant), Twin(folder))
 
 
 def closing(service: Service) -> Iterator[Service]:

@@ -100,7 +100,7 @@ def test_it_learns_while_answers_keep_every_bit(service: Service, made: tuple[Pa
     endless = begun(worker, file, "endless")
     for _ in range(3):
         assert figures(stub.Generate(scored())) == before
-        assert endless.poll() is None, "it was answered while it trained"
+        assert endless.poll() is None, "its answer came only after the training"
     ended(lora("cancel", "--worker", worker.address, "--name", "endless"))
     ended(endless, 1)
     lines = ended(trained(worker, file, "adds", *QUICK)).splitlines()

@@ -54,4 +54,4 @@ def test_promtool_finds_nothing_to_say(service: Service) -> None:
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", ""), program.name
         exported = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")}
         assert {name.removesuffix("_total").removesuffix("_info") for name in exported} <= names
-    decode.wait_metric(lambda program: program.worker_metric("peer_handoffs") >= 1)
+    decode.wait_metric(lambda program: program.worker_metric("peer_handoffs") == 1)

@@ -86,6 +86,15 @@ class Setting:
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
+    def cancel_amid_frozen_reads(self, num_pages: int) -> None:
+        """Let no read end from now on, begin a pull, and cancel it when its first read was submitted."""
+        self.fake.behaviour.is_frozen = True
+        reads = self.fake.engines[0].num_reads
+        ticket = self.begin(range(num_pages), range(num_pages))
+        self.wait_for_reads(more_than=reads)
+        self.importer.cancel(ticket)
+        assert self.end().status is PullStatus.CANCELLED
+
     def wait_for_engines(self, num_spare: int = 0, num_parked: int = 0) -> None:
         """Until so many were given back, clean or not."""
         deadline = time.monotonic() + END_SECONDS
@@ -204,12 +213,7 @@ def test_a_cancelled_pull_ends_at_once_and_its_late_reads_hit_nothing(setting: S
     setting.fake.behaviour.max_polls = 1
     assert setting.pull([0], [0]).status is PullStatus.DONE
     setting.target.rows[:] = 0xA5
-    setting.fake.behaviour.is_frozen = True
-    reads = setting.fake.engines[0].num_reads
-    ticket = setting.begin(range(64), range(64))
-    setting.wait_for_reads(more_than=reads)
-    setting.importer.cancel(ticket)
-    assert setting.end().status is PullStatus.CANCELLED
+    setting.cancel_amid_frozen_reads(64)
     setting.fake.behaviour.is_frozen = False  # now they come
     time.sleep(0.05)
     assert (setting.target.rows == 0xA5).all()
@@ -299,12 +303,7 @@ def test_an_idle_engine_is_used_again() -> None:
 def test_an_engine_with_reads_that_never_end_is_parked(hasty: Setting) -> None:
     hasty.fake.behaviour.max_polls = 1
     assert hasty.pull([0], [0]).status is PullStatus.DONE
-    hasty.fake.behaviour.is_frozen = True
-    reads = hasty.fake.engines[0].num_reads
-    ticket = hasty.begin(range(8), range(8))
-    hasty.wait_for_reads(more_than=reads)
-    hasty.importer.cancel(ticket)
-    assert hasty.end().status is PullStatus.CANCELLED
+    hasty.cancel_amid_frozen_reads(8)
     hasty.wait_for_engines(num_parked=1)
 
 
